@@ -1,0 +1,1 @@
+"""From raw shards to token files. Never imports torch."""

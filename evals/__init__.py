@@ -1,0 +1,1 @@
+"""Evaluation of checkpoints through lm-eval, and the report of a run."""

@@ -1,0 +1,3 @@
+"""megagpt: distributed GPT pretraining on DeepSpeed."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Checkpoints: atomic, checksummed, readable by any layout."""

@@ -1,0 +1,258 @@
+"""Every key of a training run: its name, type, default and unit. A key that is not here does not exist.
+
+`megagpt config docs` prints this file as a reference; `megagpt config schema` as JSON Schema for editors.
+What depends on the number of processes is not here: `megagpt.parallel.plan` works it out.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from megagpt.config.load import Section
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class RunSection(Section):
+    """Where a run lives and what makes it repeatable."""
+
+    dir: Path
+    """Folder of the run: configuration, metrics, checkpoints, report. Made if absent."""
+    seed: NonNegativeInt = 1234
+    """Seed of initial weights, data order and dropout."""
+
+
+class GPT2Model(Section):
+    """GPT-2: learned positions, LayerNorm, GELU, biases, output head tied to the embedding."""
+
+    family: Literal["gpt2"]
+    """Which file of megagpt/model builds it."""
+    n_layer: PositiveInt
+    """Transformer blocks."""
+    n_head: PositiveInt
+    """Attention heads; must divide `d_model`."""
+    d_model: PositiveInt
+    """Width of the residual stream. The feed-forward is four times as wide."""
+    vocab_size: PositiveInt = 50257
+    """Rows of the embedding; at least the tokenizer's vocabulary."""
+    max_seq_len: PositiveInt = 1024
+    """Longest sequence, in tokens; also the length of a training sample."""
+    norm_eps: PositiveFloat = 1e-5
+    """Added to the variance in LayerNorm."""
+    dropout: Probability = 0.0
+    """Probability of dropping an embedding, attention weight or residual branch in training."""
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> GPT2Model:
+        _check_divides("d_model", self.d_model, "n_head", self.n_head)
+        return self
+
+
+class LlamaModel(Section):
+    """Llama: rotary positions, RMSNorm, SwiGLU, grouped-query attention, no biases."""
+
+    family: Literal["llama"]
+    """Which file of megagpt/model builds it."""
+    n_layer: PositiveInt
+    """Transformer blocks."""
+    n_head: PositiveInt
+    """Query heads; must divide `d_model`."""
+    n_kv_head: PositiveInt
+    """Key and value heads; must divide `n_head`. Equal to `n_head`: ordinary multi-head attention."""
+    d_model: PositiveInt
+    """Width of the residual stream."""
+    d_ff: PositiveInt
+    """Width of the gated feed-forward."""
+    vocab_size: PositiveInt
+    """Rows of the embedding; at least the tokenizer's vocabulary."""
+    max_seq_len: PositiveInt = 4096
+    """Longest sequence, in tokens; also the length of a training sample."""
+    norm_eps: PositiveFloat = 1e-5
+    """Added to the mean square in RMSNorm."""
+    rope_theta: PositiveFloat = 10000.0
+    """Base of the rotary frequencies."""
+    tied_head: bool = False
+    """Output head shares the embedding's weight."""
+    qk_norm: bool = False
+    """RMSNorm over each query and key head before the rotation."""
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> LlamaModel:
+        _check_divides("d_model", self.d_model, "n_head", self.n_head)
+        _check_divides("n_head", self.n_head, "n_kv_head", self.n_kv_head)
+        if self.d_model // self.n_head % 2:
+            raise ValueError(
+                f"head width d_model / n_head = {self.d_model // self.n_head} must be even: "
+                "rotary positions turn pairs of channels"
+            )
+        return self
+
+
+ModelSection = Annotated[GPT2Model | LlamaModel, Field(discriminator="family")]
+
+
+class WeightedTokens(Section):
+    """One token file of a mixture."""
+
+    prefix: Path
+    """Path of a .bin/.idx pair without the ending."""
+    weight: PositiveFloat
+    """Share of the training samples, relative to the other files' weights."""
+
+
+class DataSection(Section):
+    """Which tokens are read."""
+
+    train: Path | tuple[WeightedTokens, ...]
+    """Training tokens: the path of a .bin/.idx pair without the ending, or a list of {prefix, weight}."""
+    val: Path | None = None
+    """Validation tokens, likewise one pair. Needed where `eval.every` is above 0."""
+    tokenizer: str | None = None
+    """Tokenizer of the token files: gpt2, cl100k_base, o200k_base (tiktoken), or the path of a tokenizer.json.
+    Not needed where manifest.json beside the token files names it; where both do, they must be the same."""
+
+    @model_validator(mode="after")
+    def _check_train(self) -> DataSection:
+        if isinstance(self.train, tuple) and not self.train:
+            raise ValueError("train is an empty list; name at least one {prefix, weight}")
+        return self
+
+
+class OptimSection(Section):
+    """AdamW and its schedule. Weight decay falls on matrices only: not on norms, biases and positions."""
+
+    lr: PositiveFloat
+    """Peak learning rate."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After the warm-up: cosine to `min_lr_frac`; wsd: stable, then linear decay; or constant."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warm-up from 0."""
+    decay_frac: Fraction = 0.2
+    """wsd: the last part of `train.max_steps` in which the rate falls."""
+    min_lr_frac: Fraction = 0.1
+    """Rate at the last step, as a fraction of `lr` (cosine, wsd)."""
+    betas: tuple[Probability, Probability] = (0.9, 0.95)
+    """Decay of the first and second moment."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay."""
+    grad_clip: NonNegativeFloat = 1.0
+    """Largest global gradient norm; 0 means no clipping."""
+
+
+class TrainSection(Section):
+    """How long, how much at a time, in which precision."""
+
+    max_steps: PositiveInt
+    """Optimizer steps."""
+    global_batch_size: PositiveInt
+    """Sequences an optimizer step, over all processes."""
+    micro_batch_size: PositiveInt
+    """Sequences one process runs at once. The rest is gradient accumulation."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Precision of weights and activations in forward and backward; master weights are fp32."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Recompute activations in backward: nothing, the attention core, or whole blocks."""
+
+
+class ParallelSection(Section):
+    """How the model is laid over processes."""
+
+    tensor: PositiveInt = 1
+    """Degree of tensor parallelism."""
+    pipeline: PositiveInt = 1
+    """Pipeline stages."""
+    sequence: PositiveInt = 1
+    """Degree of Ulysses sequence parallelism."""
+    tensor_sequence: bool = False
+    """Megatron-style sequence parallelism inside the tensor group."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What DeepSpeed shards over data-parallel processes: 1 optimizer, 2 and gradients, 3 and weights.
+    0 shards nothing and is allowed in fp32 only."""
+    extra: dict[str, Any] = Field(default_factory=dict)
+    """Further DeepSpeed configuration keys, passed through; may not contradict what megagpt sets."""
+
+
+class CheckpointSection(Section):
+    """When state is saved and how a run starts again."""
+
+    save_every: NonNegativeInt = 1000
+    """Steps between checkpoints; 0 means only at the end and when stopped."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """auto: go on from the newest complete checkpoint if there is one; never: refuse a folder that has any;
+    must: refuse to start from step 0."""
+    keep_last: PositiveInt = 3
+    """Newest complete checkpoints that are kept."""
+    keep_every: NonNegativeInt = 0
+    """Also keep every checkpoint whose step is a multiple of this; 0 means none."""
+
+
+class EvalSection(Section):
+    """Loss on the validation tokens during training."""
+
+    every: NonNegativeInt = 0
+    """Steps between evaluations; 0 means never."""
+    sequences: PositiveInt = 256
+    """Validation sequences an evaluation, the same ones each time; all of them where there are fewer."""
+
+
+class LogSection(Section):
+    """What is shown and where it is written beside metrics.jsonl."""
+
+    progress: bool = True
+    """Progress line on the terminal."""
+    tensorboard: bool = True
+    """Write TensorBoard events into the run's folder."""
+    wandb_project: str | None = None
+    """Weights & Biases project; needs the `wandb` extra."""
+    peak_tflops: PositiveFloat | None = None
+    """Dense peak of one accelerator in TFLOP/s, for MFU. Known GPUs need not be told; without a peak no MFU is shown."""
+
+
+class TrainingRun(Section):
+    """The root: everything that `launch/pretrain.py` reads."""
+
+    run: RunSection
+    model: ModelSection
+    data: DataSection
+    optim: OptimSection
+    train: TrainSection
+    parallel: ParallelSection = ParallelSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    eval: EvalSection = EvalSection()
+    log: LogSection = LogSection()
+
+    @model_validator(mode="after")
+    def _check_sections_together(self) -> TrainingRun:
+        if self.optim.warmup_steps > self.train.max_steps:
+            raise ValueError(
+                f"optim.warmup_steps ({self.optim.warmup_steps}) is longer than the run: "
+                f"train.max_steps is {self.train.max_steps}"
+            )
+        if self.eval.every and self.data.val is None:
+            raise ValueError(
+                f"eval.every is {self.eval.every} but data.val is not set; name validation tokens or set eval.every=0"
+            )
+        if self.train.global_batch_size % self.train.micro_batch_size:
+            raise ValueError(
+                f"train.global_batch_size ({self.train.global_batch_size}) must be a multiple of "
+                f"train.micro_batch_size ({self.train.micro_batch_size})"
+            )
+        return self
+
+
+def _check_divides(whole_name: str, whole: int, part_name: str, part: int) -> None:
+    if whole % part:
+        raise ValueError(f"{whole_name} ({whole}) must be a multiple of {part_name} ({part})")

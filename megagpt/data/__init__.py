@@ -1,0 +1,1 @@
+"""Token files on disk and the pure arithmetic that turns them into samples. Never imports torch."""

@@ -1,0 +1,39 @@
+"""What can go wrong in a way that a user can mend.
+
+    MegaGPTError                  exit code 2: one message, no traceback
+     |- ConfigError               a key, a value or a combination in the run's configuration
+     |- DataError                 a source, a token file, a tokenizer
+     |- CheckpointError           no usable checkpoint, or one that belongs to something else
+     |- EvalError                 benchmark data or a task that cannot be used
+     '- TrainingDiverged          exit code 3: loss or gradient is not finite
+
+Each message says what is wrong, the value, where it stands, and what would be right.
+"""
+
+
+class MegaGPTError(Exception):
+    """Base of every error that is the user's to mend; the message is all they need to see."""
+
+    exit_code = 2
+
+
+class ConfigError(MegaGPTError):
+    """A configuration key, value or combination that cannot work."""
+
+
+class DataError(MegaGPTError):
+    """A source, token file or tokenizer that is missing, damaged or does not fit."""
+
+
+class CheckpointError(MegaGPTError):
+    """No checkpoint that can be used, or one of another model."""
+
+
+class EvalError(MegaGPTError):
+    """Benchmark data or a task that cannot be used as asked."""
+
+
+class TrainingDiverged(MegaGPTError):  # noqa: N818 - the field's name for it
+    """The loss or the gradient norm is not finite; the step was not applied."""
+
+    exit_code = 3

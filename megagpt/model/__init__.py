@@ -1,0 +1,1 @@
+"""Model families as plain single-device PyTorch, one file a family."""

@@ -1,0 +1,1 @@
+"""Process groups and integer plans: who holds what."""
