@@ -20,7 +20,8 @@ class Source(Section):
     path: str = ""
     """File, folder or glob; for `hub`, the id of a data set. Unused by `python_docs`."""
     kind: SourceKind | Literal["auto"] = "auto"
-    """Format; auto tells it from the file name (.warc.gz, .wet.gz, .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt)."""
+    """Format; auto tells it from the file name (.warc.gz, .wet.gz, .jsonl, .jsonl.gz, .jsonl.zst, .parquet,
+    .txt)."""
     name: str = ""
     """Name in reports; the path's stem where empty."""
     text_key: str = "text"
@@ -28,7 +29,7 @@ class Source(Section):
     split: str = "train"
     """Split of a hub data set."""
     packages: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    """python_docs: only these top-level packages beside the standard library; empty means all installed ones."""
+    """python_docs: only these top-level packages beside the standard library; empty means all."""
 
 
 class LanguageSection(Section):
@@ -61,7 +62,7 @@ class TokenizerSection(Section):
     """Which tokenizer the token files are made with."""
 
     kind: Literal["train_bpe", "tiktoken", "file"] = "train_bpe"
-    """Train a byte-level BPE on the kept documents, use a tiktoken encoding, or a Hugging Face tokenizer.json."""
+    """Train a byte-level BPE on the kept documents, use a tiktoken encoding, or a tokenizer.json file."""
     name: Literal["gpt2", "cl100k_base", "o200k_base"] = "gpt2"
     """tiktoken: the encoding."""
     file: Path | None = None
@@ -74,9 +75,7 @@ class TokenizerSection(Section):
     @model_validator(mode="after")
     def _check_file(self) -> TokenizerSection:
         if self.kind == "file" and self.file is None:
-            raise ValueError(
-                "kind is 'file' but `file` is not set; name the path of a tokenizer.json"
-            )
+            raise ValueError("kind is 'file' but `file` is not set; name the path of a tokenizer.json")
         return self
 
 
@@ -97,14 +96,12 @@ class DataJob(Section):
     out: Path
     """Folder of the job: stages, token files, manifest.json, report.html. Made if absent."""
     sources: Annotated[tuple[Source, ...], Field(strict=False, min_length=1)]
-    """Where documents come from, in order of priority: of duplicates, the copy of the earlier source is kept."""
+    """Where documents come from, in order of priority: of duplicates, the earlier source's copy is kept."""
     extractor: Literal["resiliparse"] = "resiliparse"
     """HTML to text."""
     language: LanguageSection = LanguageSection()
-    filters: dict[str, dict[str, Any]] = Field(
-        default_factory=lambda: {"gopher_quality": {}, "gopher_repetition": {}}
-    )
-    """Quality filters by name, each with thresholds that differ from its defaults; see data_pipeline/filters."""
+    filters: dict[str, dict[str, Any]] = Field(default={"gopher_quality": {}, "gopher_repetition": {}})
+    """Quality filters by name, each with the thresholds that differ from its defaults."""
     dedup: DedupSection = DedupSection()
     tokenizer: TokenizerSection = TokenizerSection()
     pack: PackSection = PackSection()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(slots=True)
 class Document:
     """One text with where it came from.
 
-    `doc_id` is shard ordinal << 32 | record ordinal, fixed at ingestion and carried in every row that follows; no later
-    stage may count positions instead.
+    `doc_id` is shard ordinal << 32 | record ordinal, fixed at ingestion and carried in every row that follows; no
+    later stage may count positions instead.
     """
 
     doc_id: int
@@ -61,5 +62,14 @@ class ShardCounts:
     failed_rules: dict[str, int] = field(default_factory=dict)
     """Rule -> documents that fail it, all rules of a document counted."""
     damage: list[Damage] = field(default_factory=list)
+    """The first of the damages, so that a file of bad lines does not fill the memory; `damage_count` has all."""
     text_bytes_in: int = 0
+    """UTF-8 bytes of the texts that extraction gave."""
     text_bytes_kept: int = 0
+    damage_count: int = 0
+    bytes_lost: int = 0
+    languages: dict[str, int] = field(default_factory=dict)
+    """Language -> documents it was found in, before filtering."""
+    kept_by_language: dict[str, int] = field(default_factory=dict)
+    thresholds: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Every threshold in use by filter, and those of `language`."""

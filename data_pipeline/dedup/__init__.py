@@ -1,1 +1,1 @@
-"""Exact and near-duplicate removal."""
+"""Exact and near-duplicate removal: signatures per shard, grouping by key, connected components."""

@@ -26,17 +26,13 @@ KeyPath = tuple[str, ...]
 class Section(BaseModel):
     """Base of every configuration section: frozen, strict types, no unknown keys."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
 SectionT = TypeVar("SectionT", bound=Section)
 
 
-def load_config(
-    schema: type[SectionT], files: Sequence[Path], overrides: Sequence[str] = ()
-) -> SectionT:
+def load_config(schema: type[SectionT], files: Sequence[Path], overrides: Sequence[str] = ()) -> SectionT:
     """Read the files, apply the overrides, check everything against `schema`.
 
     Args:
@@ -54,6 +50,17 @@ def load_config(
     for override in overrides:
         _apply_override(values, origin, override)
     return _validate(schema, values, origin)
+
+
+def load_arguments(schema: type[SectionT], words: Sequence[str]) -> SectionT:
+    """`load_config` over the words of a command line: YAML files and overrides in any order."""
+    return load_config(schema, *split_arguments(words))
+
+
+def split_arguments(words: Sequence[str]) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+    """(files, overrides): a word with `=` is an override, unless it ends like a YAML file."""
+    overrides = tuple(word for word in words if "=" in word and not word.endswith((".yaml", ".yml")))
+    return tuple(Path(word) for word in words if word not in overrides), overrides
 
 
 def dump_config(config: Section) -> str:
@@ -83,9 +90,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(
-            f"{file}: must hold `section: {{key: value}}` mappings, found {type(content).__name__}"
-        )
+        raise ConfigError(f"{file}: must hold `section: {{key: value}}` mappings, found {type(content).__name__}")
     return content
 
 
@@ -113,9 +118,7 @@ def _merge_file(values: dict[str, Any], origin: dict[KeyPath, str], file: Path) 
 def _apply_override(values: dict[str, Any], origin: dict[KeyPath, str], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(
-            f"{COMMAND_LINE}: {override!r} is neither a .yaml file nor an override like `optim.lr=3e-4`"
-        )
+        raise ConfigError(f"{COMMAND_LINE}: {override!r} is neither a .yaml file nor an override like `optim.lr=3e-4`")
     try:
         value = parse_value(text)
     except YAMLError as error:
@@ -134,17 +137,13 @@ def _set(values: dict[str, Any], path: KeyPath, value: Any, where: str) -> None:
     for depth, key in enumerate(path[:-1]):
         at = at.setdefault(key, {})
         if not isinstance(at, dict):
-            raise ConfigError(
-                f"{where}: {'.'.join(path)}: {'.'.join(path[: depth + 1])} is a value, not a section"
-            )
+            raise ConfigError(f"{where}: {'.'.join(path)}: {'.'.join(path[: depth + 1])} is a value, not a section")
     at[path[-1]] = value
 
 
-def _validate(
-    schema: type[SectionT], values: dict[str, Any], origin: dict[KeyPath, str]
-) -> SectionT:
+def _validate(schema: type[SectionT], values: dict[str, Any], origin: dict[KeyPath, str]) -> SectionT:
     try:
-        # JSON mode keeps strictness where it matters ("12" is no int, true is no 1) and lets a list be a tuple.
+        # JSON mode keeps strictness where it matters ("12" is no int) and lets a list be a tuple.
         return schema.model_validate_json(json.dumps(values, allow_nan=False, default=str))
     except ValueError as error:
         if not isinstance(error, ValidationError):
@@ -181,7 +180,7 @@ def _path_in_values(loc: Sequence[int | str], values: Any) -> tuple[int | str, .
     for position, part in enumerate(loc):
         last = position == len(loc) - 1
         if isinstance(at, dict) and (part in at or last):
-            at = at.get(part)  # type: ignore[call-overload]
+            at = at.get(part)
         elif isinstance(at, list) and isinstance(part, int) and part < len(at):
             at = at[part]
         else:
@@ -223,6 +222,4 @@ def _section_types(annotation: Any) -> list[type[BaseModel]]:
     """Every section class inside an annotation such as `tuple[A | B, ...]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [
-        found for inner in getattr(annotation, "__args__", ()) for found in _section_types(inner)
-    ]
+    return [found for inner in getattr(annotation, "__args__", ()) for found in _section_types(inner)]

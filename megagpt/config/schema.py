@@ -119,7 +119,7 @@ class DataSection(Section):
     val: Path | None = None
     """Validation tokens, likewise one pair. Needed where `eval.every` is above 0."""
     tokenizer: str | None = None
-    """Tokenizer of the token files: gpt2, cl100k_base, o200k_base (tiktoken), or the path of a tokenizer.json.
+    """Tokenizer of the token files: gpt2, cl100k_base, o200k_base (tiktoken), or a tokenizer.json's path.
     Not needed where manifest.json beside the token files names it; where both do, they must be the same."""
 
     @model_validator(mode="after")
@@ -218,7 +218,8 @@ class LogSection(Section):
     wandb_project: str | None = None
     """Weights & Biases project; needs the `wandb` extra."""
     peak_tflops: PositiveFloat | None = None
-    """Dense peak of one accelerator in TFLOP/s, for MFU. Known GPUs need not be told; without a peak no MFU is shown."""
+    """Dense peak of one accelerator in TFLOP/s, for MFU. Known GPUs need not be told;
+    without a peak no MFU is shown."""
 
 
 class TrainingRun(Section):

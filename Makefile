@@ -1,0 +1,46 @@
+# make quickstart   environment, data, tokenizer, training, evaluation, report: the real programs, small sizes
+# make test         environment if missing, then the whole test suite
+# make install      the environment that both use: .venv
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+RUN    := runs/quickstart
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: install quickstart test test-fast lint format clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 12) else \
+	  "megagpt needs Python 3.11 or 3.12, this is %d.%d; say make PYTHON=python3.11" % v)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+quickstart: install
+	$(BIN)/megagpt data run configs/data/quickstart.yaml
+	$(BIN)/deepspeed launch/pretrain.py configs/quickstart.yaml
+	$(BIN)/megagpt eval run --checkpoint $(RUN) --tasks quickstart
+	$(BIN)/megagpt generate --checkpoint $(RUN) --prompt 'Return the'
+	$(BIN)/megagpt report $(RUN)
+
+test: install lint
+	$(BIN)/python -m pytest
+
+test-fast: install
+	$(BIN)/python -m pytest -m 'not slow'
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

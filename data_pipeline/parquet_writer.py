@@ -1,0 +1,83 @@
+"""A parquet file written row group by row group, in bounded memory, and published whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+DOCUMENT_SCHEMA = pa.schema(
+    [
+        ("doc_id", pa.int64()),
+        ("text", pa.string()),
+        ("source", pa.string()),
+        ("url", pa.string()),
+        ("meta", pa.string()),
+    ]
+)
+REJECT_SCHEMA = pa.schema(
+    [
+        ("doc_id", pa.int64()),
+        ("url", pa.string()),
+        ("reason", pa.string()),
+        ("failed", pa.string()),
+        ("text", pa.string()),
+    ]
+)
+GROUP_ROWS = 4096
+GROUP_CHARACTERS = 16 * 2**20
+"""A row group is closed at so many rows or characters of text, whichever comes first."""
+
+
+class BoundedWriter:
+    """Collects rows into row groups; the file appears under its name when the `with` block ends without an error."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self._path = path
+        self._temporary = path.with_name(f".{path.name}.tmp")
+        self._schema = schema
+        self._writer = pq.ParquetWriter(self._temporary, schema, compression="zstd")
+        self._rows: list[dict[str, Any]] = []
+        self._characters = 0
+
+    def add(self, row: dict[str, Any], characters: int) -> None:
+        """Add one row of about so many characters; dictionaries in it are written as JSON."""
+        self._rows.append(
+            {
+                key: orjson.dumps(value, option=orjson.OPT_SORT_KEYS).decode() if isinstance(value, dict) else value
+                for key, value in row.items()
+            }
+        )
+        self._characters += characters
+        if len(self._rows) >= GROUP_ROWS or self._characters >= GROUP_CHARACTERS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._rows:
+            self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
+        self._rows = []
+        self._characters = 0
+
+    def __enter__(self) -> BoundedWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            self._writer.close()
+            self._temporary.unlink()
+            return
+        self._flush()
+        self._writer.close()
+        with self._temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        self._temporary.replace(self._path)

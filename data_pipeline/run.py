@@ -1,0 +1,261 @@
+"""`megagpt data run`: lock the job's folder, do what is not done, report.
+
+    <out>/stages/             records and outputs of every task but the last ones
+    <out>/tokenizer/          the tokenizer
+    <out>/NAME_*.bin/.idx     the token files, with manifest.json
+    <out>/report.json, report.md, report.html
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from data_pipeline.config import DataJob
+from data_pipeline.executor import run_tasks
+from data_pipeline.job_sources import list_without_building, plan_shards
+from data_pipeline.report import HTML_FILE, MARKDOWN_FILE, write_report
+from data_pipeline.stages import STAGES, Records, run_stages
+from data_pipeline.summary import REPORT_FILE, summarise, warnings_of
+from data_pipeline.tasks import (
+    SCRATCH_FOLDER,
+    Finished,
+    Task,
+    TaskRecord,
+    commit,
+    read_record,
+    why_not_reused,
+)
+from megagpt.atomic import write_file
+from megagpt.config.load import dump_config
+from megagpt.data.manifest import MANIFEST_NAME
+from megagpt.errors import DataError
+
+JOB_FILE = "job.yaml"
+PLAN_FILE = "plan.json"
+LOCK_FILE = ".lock"
+
+
+@dataclass
+class JobSummary:
+    """What a run did."""
+
+    out: Path
+    report: dict[str, Any]
+    """The content of report.json."""
+    report_html: Path
+    ran: dict[str, int]
+    """Stage -> tasks that were run."""
+    reused: dict[str, int]
+    """Stage -> tasks that were done already."""
+    wall_seconds: float
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def nothing_to_do(self) -> bool:
+        """Everything was done before."""
+        return not any(self.ran.values())
+
+
+def run_job(job: DataJob, console: Console | None = None) -> JobSummary:
+    """Do the whole job, or what is left of it.
+
+    Args:
+        job: the configuration.
+        console: shows progress and what is reused or done again, and why; None: silent.
+
+    Raises:
+        DataError: another run works in the same folder; a source or shard cannot be read; a split would be empty ...
+            What was finished stays: mend the cause and run the same command again.
+    """
+    started = time.perf_counter()
+    job.out.mkdir(parents=True, exist_ok=True)
+    with _locked(job.out):
+        shutil.rmtree(job.out / SCRATCH_FOLDER, ignore_errors=True)
+        write_file(job.out / JOB_FILE, dump_config(job).encode())
+        shards = plan_shards(job)
+        plan = {"shards": len(shards), "shard_bytes": sum(planned.shard.size_bytes for planned in shards)}
+        write_file(job.out / PLAN_FILE, json.dumps(plan).encode())
+        resolver = _Resolver(job, console)
+        records = run_stages(job, shards, resolver)
+        shutil.rmtree(job.out / SCRATCH_FOLDER, ignore_errors=True)
+        return _conclude(job, records, resolver, started)
+
+
+class _Resolver:
+    """Reuses the tasks whose records stand for them, runs the others."""
+
+    def __init__(self, job: DataJob, console: Console | None) -> None:
+        self.job = job
+        self.console = console
+        self.ran: Counter[str] = Counter()
+        self.reused: Counter[str] = Counter()
+
+    def __call__(self, tasks: list[Task]) -> list[TaskRecord]:
+        done: dict[str, TaskRecord] = {}
+        pending: list[Task] = []
+        reasons: Counter[str] = Counter()
+        for task in tasks:
+            record = read_record(task.record_path(self.job.out))
+            reason = why_not_reused(task, record, self.job.out)
+            if reason is None and record is not None:
+                done[task.partition] = record
+            else:
+                pending.append(task)
+                reasons[reason or ""] += 1
+        if tasks:
+            self._announce(tasks[0].stage, len(done), reasons)
+        if pending:
+            started = time.perf_counter()
+            self._run(pending, done)
+            self._say_done(pending, done, time.perf_counter() - started)
+        return [done[task.partition] for task in tasks]
+
+    def _run(self, pending: list[Task], done: dict[str, TaskRecord]) -> None:
+        def keep(task: Task, finished: Finished) -> None:
+            done[task.partition] = commit(task, finished, self.job.out, _describing_files(task, self.job))
+
+        run_tasks(pending, self.job.out, self.job.workers, keep, self.console)
+
+    def _announce(self, stage: str, n_reused: int, reasons: Counter[str]) -> None:
+        self.reused[stage] += n_reused
+        self.ran[stage] += sum(reasons.values())
+        if self.console is None:
+            return
+        for reason, number in reasons.items():
+            if reason != "not done yet":
+                self.console.print(
+                    f"{stage:<10} {number} task(s) again: {escape(reason)}", highlight=False, soft_wrap=True
+                )
+
+    def _say_done(self, pending: list[Task], done: dict[str, TaskRecord], seconds: float) -> None:
+        if self.console is None:
+            return
+        counts = [done[task.partition].counts for task in pending]
+        n_in, n_out = sum(c.documents_in for c in counts), sum(c.documents_out for c in counts)
+        documents = f"{n_in:,} documents in, {n_out:,} out" if n_in else ""
+        self.console.print(
+            f"{pending[0].stage:<10} {len(pending)} task(s) in {seconds:.1f} s  {documents}", highlight=False
+        )
+
+
+def plan_job(job: DataJob) -> str:
+    """What a run would do, without doing it: shards, stages, what would be reused.
+
+    Raises:
+        DataError: a source has no files.
+    """
+    shards, unbuilt = list_without_building(job)
+    lines = [f"{job.out}: {len(job.sources)} source(s), {job.workers} worker(s)", ""]
+    built = all((job.out / "sources").is_dir() for _ in unbuilt)
+    if unbuilt and built:
+        shards, unbuilt = plan_shards(job), []
+    lines += [
+        f"  {planned.shard.ordinal:06d}  {planned.shard.kind:<8} {planned.shard.size_bytes:>15,} bytes  "
+        f"{planned.shard.source}: {planned.shard.path}"
+        for planned in shards
+    ]
+    lines += [f"  (built first)  {source.kind}" for source in unbuilt]
+    lines += [f"  {sum(planned.shard.size_bytes for planned in shards):,} bytes in {len(shards)} shard(s)", ""]
+    peek = _Peek(job)
+    if not unbuilt:
+        try:
+            run_stages(job, shards, peek)
+        except _StopPlanning:
+            pass
+    for stage in STAGES:
+        n_reused, n_tasks, reason = peek.seen.get(stage, (0, 0, "depends on the stages before it"))
+        known = f"{n_reused} of {n_tasks} task(s) reused" if n_tasks else "will run" if reason else "no tasks"
+        lines.append(f"  {stage:<11} {known}{f'; {reason}' if reason else ''}")
+    return "\n".join(lines) + "\n"
+
+
+class _StopPlanning(Exception):  # noqa: N818 - not an error
+    """A stage has to run: what follows depends on its result."""
+
+
+class _Peek:
+    """Looks at records only."""
+
+    def __init__(self, job: DataJob) -> None:
+        self.job = job
+        self.seen: dict[str, tuple[int, int, str]] = {}
+
+    def __call__(self, tasks: list[Task]) -> list[TaskRecord]:
+        records = [read_record(task.record_path(self.job.out)) for task in tasks]
+        reasons = [why_not_reused(t, r, self.job.out) for t, r in zip(tasks, records, strict=True)]
+        pending = [reason for reason in reasons if reason is not None]
+        if tasks:
+            self.seen[tasks[0].stage] = (len(tasks) - len(pending), len(tasks), pending[0] if pending else "")
+        if pending:
+            raise _StopPlanning
+        return [record for record in records if record is not None]
+
+
+def _describing_files(task: Task, job: DataJob) -> list[Path]:
+    """Files in the job's folder that describe what this task is about to replace."""
+    reports = [job.out / name for name in (REPORT_FILE, HTML_FILE, MARKDOWN_FILE)]
+    return [*reports, job.out / MANIFEST_NAME] if task.stage in ("tokenizer", "pack") else reports
+
+
+def _conclude(job: DataJob, records: Records, resolver: _Resolver, started: float) -> JobSummary:
+    """Write the reports, unless those of an earlier run are still true."""
+    report_file, html = job.out / REPORT_FILE, job.out / HTML_FILE
+    if any(resolver.ran.values()) or not report_file.is_file() or not html.is_file():
+        wall_seconds = time.perf_counter() - started
+        report = summarise(job, records, dict(resolver.ran), dict(resolver.reused), wall_seconds)
+        write_file(report_file, json.dumps(report, indent=1).encode() + b"\n")
+        write_report(job.out)
+    else:
+        report = json.loads(report_file.read_bytes())
+    summary = JobSummary(
+        out=job.out,
+        report=report,
+        report_html=html,
+        ran=dict(resolver.ran),
+        reused=dict(resolver.reused),
+        wall_seconds=time.perf_counter() - started,
+        warnings=warnings_of(report),
+    )
+    if resolver.console is not None:
+        _print_summary(summary, resolver.console)
+    return summary
+
+
+def _print_summary(summary: JobSummary, console: Console) -> None:
+    if summary.nothing_to_do:
+        n_tasks = sum(summary.reused.values())
+        console.print(f"nothing to do: all {n_tasks} tasks were done and their outputs are intact", highlight=False)
+    for split, values in summary.report["splits"].items():
+        console.print(
+            f"{split:<10} {values['documents']:,} documents, {values['tokens']:,} tokens, "
+            f"{values['text_bytes']:,} bytes of text",
+            highlight=False,
+        )
+    for warning in summary.warnings:
+        console.print(f"warning: {escape(warning)}", highlight=False, soft_wrap=True)
+    console.print(f"report: {escape(str(summary.report_html))}", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Hold the folder's lock; the system releases it when the process ends, however it ends."""
+    with (out / LOCK_FILE).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise DataError(
+                f"{out}: another data job is writing here; wait for it, or set another `out`"
+            ) from None
+        yield

@@ -1,0 +1,286 @@
+"""Benchmark data on disk: from the public files to folders shaped like the hub's, checked before anything is scored.
+
+    OUT/prepared.json                            what was read, counts and hashes; written last
+    OUT/<org>/<name>/README.md                   the data set's card: which file is which split
+    OUT/<org>/<name>/<config>/<split>.jsonl
+
+A split that the files do not have stays absent: it is never filled with rows of another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from evals.benchmarks import BENCHMARKS, Benchmark, Configs
+from megagpt.atomic import write_file
+from megagpt.errors import EvalError
+
+PREPARED = "prepared.json"
+FORMAT = 1
+
+Status = Literal["ok", "missing", "refused"]
+
+
+@dataclass(frozen=True)
+class PreparedBenchmark:
+    """What became of one benchmark."""
+
+    name: str
+    hub_id: str
+    status: Status
+    reason: str = ""
+    rows: dict[str, int] = field(default_factory=dict)
+    """Split -> rows over all configs."""
+    source_sha256: dict[str, str] = field(default_factory=dict)
+    checksum: Literal["known", "differs", ""] = ""
+    """Whether the source files are the copies whose hashes are known."""
+    written_sha256: dict[str, str] = field(default_factory=dict)
+    """File below the prepared folder -> hash."""
+    absent_splits: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PreparedReport:
+    """What a source folder holds."""
+
+    source: Path
+    benchmarks: dict[str, PreparedBenchmark]
+
+    def table(self) -> Table:
+        """One row a benchmark."""
+        table = Table(title=f"benchmark data in {self.source}", title_justify="left")
+        for column in ("benchmark", "status", "rows", "sha256", "what to do"):
+            table.add_column(column, overflow="fold")
+        for found in self.benchmarks.values():
+            benchmark = BENCHMARKS[found.name]
+            rows = ", ".join(f"{split} {n}" for split, n in found.rows.items())
+            absent = f"; no {', '.join(found.absent_splits)}" if found.status == "ok" and found.absent_splits else ""
+            table.add_row(found.name, found.status, rows + absent, found.checksum, _advice(found, benchmark))
+        return table
+
+
+def prepare(source: Path, out: Path) -> PreparedReport:
+    """Write every complete benchmark below `source` as hub-shaped folders below `out`.
+
+    A benchmark whose rows are not the official number is refused, the others are written.
+
+    Raises:
+        EvalError: `source` is no folder, or holds none of the benchmarks.
+    """
+    report, contents = _read_all(source)
+    if not contents:
+        raise EvalError(_nothing_in(source, report))
+    by_hub_id: dict[str, Configs] = {}
+    for name, configs in contents.items():
+        by_hub_id.setdefault(BENCHMARKS[name].hub_id, {}).update(configs)
+    written = {hub_id: write_dataset(out, hub_id, configs) for hub_id, configs in by_hub_id.items()}
+    benchmarks = {
+        name: found
+        if found.status != "ok"
+        else PreparedBenchmark(
+            **{
+                **_fields(found),
+                "written_sha256": {
+                    path: digest
+                    for path, digest in written[found.hub_id].items()
+                    if Path(path).parent.name in contents[name]
+                },
+            }
+        )
+        for name, found in report.benchmarks.items()
+    }
+    finished = PreparedReport(source, benchmarks)
+    content = {"format": FORMAT, "benchmarks": {name: asdict(found) for name, found in benchmarks.items()}}
+    write_file(out / PREPARED, json.dumps(content, indent=1).encode())
+    return finished
+
+
+def write_dataset(out: Path, hub_id: str, configs: Configs) -> dict[str, str]:
+    """Write one data set as `datasets.load_dataset(out / hub_id, config)` reads it; counts are the caller's affair.
+
+    Returns:
+        File below `out` -> sha256.
+    """
+    folder = out / hub_id
+    hashes = {}
+    card = ["---", "configs:"]
+    for config, splits in configs.items():
+        card += [f"- config_name: {config}", "  data_files:"]
+        for split, rows in splits.items():
+            content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+            write_file(folder / config / f"{split}.jsonl", content)
+            hashes[f"{hub_id}/{config}/{split}.jsonl"] = hashlib.sha256(content).hexdigest()
+            card += [f"  - split: {split}", f"    path: {config}/{split}.jsonl"]
+    write_file(folder / "README.md", "\n".join([*card, "---", ""]).encode())
+    return hashes
+
+
+def locate(hub_id: str, data_dir: Path, cache_dir: Path) -> Path | None:
+    """The absolute path of a data set below the user's data folder; None where it is not there.
+
+    Args:
+        hub_id: `org/name`, the dataset_path of a task's definition.
+        data_dir: a prepared folder, any folder of hub-shaped data sets, or one with the public files.
+        cache_dir: public files are prepared below it, again only when they have changed.
+
+    Raises:
+        EvalError: the folder is missing, or the benchmark in it is refused.
+    """
+    if not data_dir.is_dir():
+        raise EvalError(f"{data_dir}: no such folder of benchmark data")
+    direct = data_dir / hub_id
+    if direct.is_dir():
+        return direct.resolve()
+    wanted = [benchmark for benchmark in BENCHMARKS.values() if benchmark.hub_id == hub_id]
+    if not any((data_dir / benchmark.folder).is_dir() for benchmark in wanted):
+        return None
+    prepared_dir = cache_dir / "prepared" / hashlib.sha256(str(data_dir.resolve()).encode()).hexdigest()[:16]
+    benchmarks = _prepared_before(data_dir, prepared_dir) or prepare(data_dir, prepared_dir).benchmarks
+    found = [benchmarks[benchmark.name] for benchmark in wanted]
+    refused = [benchmark.reason for benchmark in found if benchmark.status == "refused"]
+    if refused:
+        raise EvalError("; ".join(refused))
+    return (prepared_dir / hub_id).resolve() if any(benchmark.status == "ok" for benchmark in found) else None
+
+
+def data_hash(folder: Path, configs: set[str]) -> str:
+    """sha256 over the names and hashes of the rows' files: all of those configs that are folders, else of the whole."""
+    roots = [folder / config for config in configs if (folder / config).is_dir()] or [folder]
+    files = sorted({path for root in roots for path in root.rglob("*") if path.is_file()})
+    lines = [f"{path.relative_to(folder)} {_sha256([path])}\n" for path in files if ".cache" not in path.parts]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def doctor(data_dir: Path) -> str:
+    """A table of what is there, counts, hashes, what is missing and how to get it."""
+    report = _read_prepared(data_dir) if (data_dir / PREPARED).is_file() else _read_all(data_dir)[0]
+    console = Console(file=io.StringIO(), width=120, record=True)
+    console.print(report.table())
+    return console.export_text()
+
+
+def _read_all(source: Path) -> tuple[PreparedReport, dict[str, Configs]]:
+    if not source.is_dir():
+        raise EvalError(f"{source}: no such folder of benchmark data")
+    found: dict[str, PreparedBenchmark] = {}
+    contents: dict[str, Configs] = {}
+    for name, benchmark in BENCHMARKS.items():
+        found[name], configs = _read_one(source / benchmark.folder, benchmark)
+        if configs is not None:
+            contents[name] = configs
+    return PreparedReport(source, found), contents
+
+
+def _read_one(folder: Path, benchmark: Benchmark) -> tuple[PreparedBenchmark, Configs | None]:
+    name, hub_id = benchmark.name, benchmark.hub_id
+    missing = [pattern for pattern in benchmark.files if not any(folder.glob(pattern))]
+    if missing:
+        return PreparedBenchmark(name, hub_id, "missing", f"{folder}: no {', '.join(missing)}"), None
+    hashes = _source_hashes(folder, benchmark)
+    checksum: Literal["known", "differs"] = "known" if hashes == benchmark.sha256 else "differs"
+    try:
+        configs = benchmark.read(folder)
+    except EvalError as error:
+        return PreparedBenchmark(name, hub_id, "refused", str(error), {}, hashes, checksum), None
+    rows = _count(configs)
+    if rows != benchmark.rows:
+        reason = f"{folder}: {_say(rows)}, expected {_say(benchmark.rows)}: a part of a benchmark is not that benchmark"
+        return PreparedBenchmark(name, hub_id, "refused", reason, rows, hashes, checksum), None
+    complete = PreparedBenchmark(
+        name, hub_id, "ok", "", rows, hashes, checksum, absent_splits=benchmark.absent_splits
+    )
+    return complete, configs
+
+
+def _prepared_before(source: Path, out: Path) -> dict[str, PreparedBenchmark] | None:
+    """What an earlier call wrote, where its sources are still the same files."""
+    if not (out / PREPARED).is_file():
+        return None
+    benchmarks = _read_prepared(out).benchmarks
+    if set(benchmarks) != set(BENCHMARKS):
+        return None
+    for name, benchmark in BENCHMARKS.items():
+        folder = source / benchmark.folder
+        present = all(any(folder.glob(pattern)) for pattern in benchmark.files)
+        now = _source_hashes(folder, benchmark) if present else {}
+        if now != benchmarks[name].source_sha256 or benchmarks[name].checksum == "":
+            if present or benchmarks[name].status != "missing":
+                return None
+        if benchmarks[name].status == "refused" and benchmarks[name].reason.startswith(str(out)):
+            return None
+    return benchmarks
+
+
+def _read_prepared(folder: Path) -> PreparedReport:
+    """The record of `prepare`, each written file compared with its hash."""
+    path = folder / PREPARED
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        benchmarks = {name: PreparedBenchmark(**entry) for name, entry in content["benchmarks"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EvalError(f"{path}: not what `prepare` writes ({error}); prepare the folder again") from None
+    checked = {}
+    for name, found in benchmarks.items():
+        damaged = [file for file, digest in found.written_sha256.items() if _sha256_or_none(folder / file) != digest]
+        reason = f"{folder}: {', '.join(damaged)} is missing or not what was written; prepare the folder again"
+        checked[name] = (
+            PreparedBenchmark(**{**_fields(found), "status": "refused", "reason": reason}) if damaged else found
+        )
+    return PreparedReport(folder, checked)
+
+
+def _fields(found: PreparedBenchmark) -> dict[str, Any]:
+    return {name: getattr(found, name) for name in found.__dataclass_fields__}
+
+
+def _source_hashes(folder: Path, benchmark: Benchmark) -> dict[str, str]:
+    files = [path for pattern in benchmark.files for path in sorted(folder.glob(pattern))]
+    if "*" in benchmark.sha256:
+        return {"*": _sha256(files)}
+    return {path.name: _sha256([path]) for path in files}
+
+
+def _sha256(paths: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _sha256_or_none(path: Path) -> str | None:
+    return _sha256([path]) if path.is_file() else None
+
+
+def _count(configs: Configs) -> dict[str, int]:
+    rows: dict[str, int] = {}
+    for splits in configs.values():
+        for split, found in splits.items():
+            rows[split] = rows.get(split, 0) + len(found)
+    return rows
+
+
+def _say(rows: Mapping[str, int]) -> str:
+    return ", ".join(f"{n} {split} rows" for split, n in rows.items())
+
+
+def _advice(found: PreparedBenchmark, benchmark: Benchmark) -> str:
+    if found.status == "missing":
+        files = ", ".join(benchmark.files)
+        return f"get {files} from {benchmark.origin} into {benchmark.folder}/, or let the hub serve {benchmark.hub_id}"
+    if found.status == "refused":
+        return found.reason
+    return "" if found.checksum == "known" else f"not the copy that was checked ({benchmark.origin}); scores may differ"
+
+
+def _nothing_in(source: Path, report: PreparedReport) -> str:
+    reasons = "; ".join(f"{found.name}: {found.reason}" for found in report.benchmarks.values())
+    return f"{source}: no complete benchmark to prepare. {reasons}"

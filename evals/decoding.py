@@ -1,0 +1,91 @@
+"""lm-eval's generation arguments -> our decoder: stop strings, sampling, the text up to the first stop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megagpt.errors import EvalError
+from megagpt.generate import Sampling, generate
+from megagpt.model.decoder import Decoder
+from megagpt.tokenizer import Tokenizer
+
+_LOOK_BACK = 8
+"""A stop string is looked for in the text of its own number of UTF-8 bytes, which no tokenizer of bytes needs more
+tokens for, plus this many tokens: it may begin or end inside a token."""
+
+_KNOWN = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "seed"}
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationSettings:
+    """How one kind of request is continued; requests with equal settings share batches."""
+
+    max_new_tokens: int
+    stops: tuple[str, ...]
+    sampling: Sampling
+
+    @classmethod
+    def from_lm_eval(cls, arguments: dict[str, Any], task: str) -> GenerationSettings:
+        """Read what `lm_eval.models.utils.normalize_gen_kwargs` returns.
+
+        Raises:
+            EvalError: an argument that we do not have would be passed over.
+        """
+        unknown = sorted(set(arguments) - _KNOWN)
+        if unknown:
+            raise EvalError(
+                f"task {task}: generation argument {', '.join(unknown)} is not supported; known are "
+                f"{', '.join(sorted(_KNOWN))}"
+            )
+        sampled = bool(arguments["do_sample"])
+        sampling = Sampling(
+            temperature=float(arguments.get("temperature", 0.0)) if sampled else 0.0,
+            top_k=arguments.get("top_k"),
+            top_p=arguments.get("top_p"),
+            seed=int(arguments.get("seed", 0)),
+        )
+        return cls(int(arguments["max_gen_toks"]), tuple(stop for stop in arguments["until"] if stop), sampling)
+
+    def batch_sampling(self, batch: int) -> Sampling:
+        """Equal prompts in different batches (repeats of one question) must not draw the same numbers."""
+        drawn = self.sampling
+        return Sampling(drawn.temperature, drawn.top_k, drawn.top_p, seed=drawn.seed + batch)
+
+
+def generate_texts(
+    model: Decoder, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], settings: GenerationSettings, batch: int = 0
+) -> list[str]:
+    """Continue each prompt and cut the text before the first stop string.
+
+    Args:
+        model: on the device that is to be used.
+        tokenizer: the model's. Rows of the model's vocabulary that it does not know have no text.
+        prompts: token ids; run as one batch.
+        settings: when to stop and how to choose.
+        batch: number of this batch, for sampling.
+    """
+    written: list[list[int]] = [[] for _ in prompts]
+    look_back = _LOOK_BACK + max((len(stop.encode()) for stop in settings.stops), default=0)
+
+    def has_stopped(row: int, token: int) -> bool:
+        if token < tokenizer.vocab_size:
+            written[row].append(token)
+        tail = tokenizer.decode(written[row][-look_back:])
+        return any(stop in tail for stop in settings.stops)
+
+    generate(
+        model,
+        prompts,
+        settings.max_new_tokens,
+        settings.batch_sampling(batch),
+        stop_ids=(tokenizer.eot_id,),
+        on_token=has_stopped,
+    )
+    return [cut_at_first_stop(tokenizer.decode(tokens), settings.stops) for tokens in written]
+
+
+def cut_at_first_stop(text: str, stops: Sequence[str]) -> str:
+    """The text before whichever stop string comes first."""
+    return text[: min((at for at in map(text.find, stops) if at >= 0), default=len(text))]

@@ -1,0 +1,12 @@
+"""deepspeed launch/pretrain.py CONFIG.yaml ... [KEY=VALUE ...]: train a model. See --help."""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout, installed or not
+
+from megagpt.train.run import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], os.environ))

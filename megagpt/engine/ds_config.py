@@ -1,0 +1,85 @@
+"""Our configuration -> DeepSpeed's dictionary. The only place where DeepSpeed's keys are spelled."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from typing import Any
+
+from megagpt.config.schema import TrainingRun
+from megagpt.errors import ConfigError
+from megagpt.parallel.plan import BatchPlan
+
+EXTRA_KEYS = frozenset(
+    {
+        "activation_checkpointing",
+        "aio",
+        "bf16",
+        "comms_logger",
+        "communication_data_type",
+        "compile",
+        "data_types",
+        "disable_allgather",
+        "dump_state",
+        "flops_profiler",
+        "fp16",
+        "memory_breakdown",
+        "prescale_gradients",
+        "gradient_predivide_factor",
+        "seq_parallel_communication_data_type",
+        "torch_autocast",
+        "wall_clock_breakdown",
+        "zero_optimization",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+    }
+)
+"""Top-level keys that `parallel.extra` may hold. DeepSpeed ignores unknown ones without a word; we do not."""
+
+
+def ds_config(config: TrainingRun, plan: BatchPlan) -> dict[str, Any]:
+    """The dictionary for `deepspeed.initialize`.
+
+    Raises:
+        ConfigError: `parallel.extra` holds a key that DeepSpeed does not know or one that megagpt sets.
+    """
+    settings: dict[str, Any] = {
+        "train_batch_size": plan.global_batch_size,
+        "train_micro_batch_size_per_gpu": plan.micro_batch_size,
+        "gradient_accumulation_steps": plan.grad_accum_steps,
+        "gradient_clipping": config.optim.grad_clip,  # DeepSpeed clips at 1.0 where the key is absent
+        "steps_per_print": sys.maxsize,
+        "zero_optimization": _zero(config),
+    }
+    if config.train.dtype != "fp32":
+        settings[config.train.dtype] = {"enabled": True}
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}  # bf16 accumulates in bf16 by default
+    for key in config.parallel.extra:
+        if key not in EXTRA_KEYS:
+            nearest = difflib.get_close_matches(key, EXTRA_KEYS, n=1)
+            hint = f"did you mean '{nearest[0]}'?" if nearest else f"known: {', '.join(sorted(EXTRA_KEYS))}"
+            raise ConfigError(f"parallel.extra.{key}: DeepSpeed does not know this key, or megagpt sets it; {hint}")
+    _add(settings, config.parallel.extra, "parallel.extra")
+    return settings
+
+
+def _zero(config: TrainingRun) -> dict[str, Any]:
+    stage = config.parallel.zero_stage
+    settings: dict[str, Any] = {"stage": stage}
+    if stage in (1, 2):
+        settings["contiguous_gradients"] = stage == 2
+    return settings
+
+
+def _add(settings: dict[str, Any], extra: dict[str, Any], where: str) -> None:
+    """Merge `extra` into `settings`; a value that is already there may not be said again."""
+    for key, value in extra.items():
+        at = f"{where}.{key}"
+        if key not in settings:
+            settings[key] = value
+        elif isinstance(value, dict) and isinstance(settings[key], dict):
+            _add(settings[key], value, at)
+        else:
+            raise ConfigError(
+                f"{at}: megagpt sets this itself ({settings[key]!r}); change the megagpt key behind it instead"
+            )

@@ -1,0 +1,217 @@
+"""One optimizer step, evaluation, state in and out: everything that training asks of DeepSpeed."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from megagpt.checkpoint.tensors import SliceReader, TensorSlice
+from megagpt.config.schema import OptimSection, TrainingRun
+from megagpt.engine import slices
+from megagpt.engine.ds_config import ds_config
+from megagpt.errors import TrainingDiverged
+from megagpt.model.decoder import Decoder
+from megagpt.model.loss import next_token_nll
+from megagpt.parallel.mesh import Mesh
+from megagpt.parallel.plan import BatchPlan
+
+_TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """What one optimizer step gave, the same on every process."""
+
+    loss: float
+    """Mean negative log-likelihood of the step's target tokens, nats."""
+    grad_norm: float
+    """Global L2 norm before clipping; NaN where fp16 overflowed."""
+    skipped: bool
+    """fp16 only: gradients overflowed, the loss scale was lowered and nothing was updated."""
+    loss_scale: float | None
+    """fp16 only."""
+    stop_requested: bool
+    """Some process was asked to stop."""
+
+
+def init_distributed(timeout: timedelta, *, device_type: Literal["cuda", "cpu"]) -> None:
+    """Join the process group that the launcher's environment describes."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    backend = "nccl" if device_type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+
+
+class Engine:
+    """A model under DeepSpeed.
+
+    Args:
+        model: with its initial weights, on the CPU; the same on every process.
+        param_groups: torch optimizer groups over the model's parameters.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        param_groups: list[dict[str, Any]],
+        config: TrainingRun,
+        plan: BatchPlan,
+        mesh: Mesh,
+    ) -> None:
+        self.mesh = mesh
+        self.plan = plan
+        self._zero_stage = config.parallel.zero_stage
+        self._fp16 = config.train.dtype == "fp16"
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=_adamw(param_groups, config.optim, mesh.device),
+            config=ds_config(config, plan),
+            dist_init_required=False,
+        )
+        self.model: Decoder = self._engine.module
+        self.model.reset_buffers()  # DeepSpeed's cast to bf16 would leave rotary tables with 8 bits
+        self.dtype = _TORCH_DTYPES[config.train.dtype]
+
+    @property
+    def optimizer_class(self) -> str:
+        """The class that DeepSpeed chose: it decides how gradients are accumulated and sharded."""
+        return type(self._engine.optimizer).__name__
+
+    def train_step(self, micro_batches: Sequence[Tensor], lr: float, *, stop: bool = False) -> StepOutcome:
+        """Forward and backward over this process's micro-batches, clip, update.
+
+        Args:
+            micro_batches: `grad_accum_steps` tensors (micro_batch_size, seq_len + 1) of token ids.
+            lr: learning rate of this step.
+            stop: this process was asked to stop; every process learns of it with the loss.
+
+        Raises:
+            TrainingDiverged: on all processes together. A loss that is not finite is seen before the update.
+        """
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.train()
+        nll = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        last = len(micro_batches) - 1
+        for index, tokens in enumerate(micro_batches):
+            # The engine's own count goes wrong when the batch size changes in mid-run.
+            self._engine.set_gradient_accumulation_boundary(index == last)
+            micro_nll = self._nll(tokens)
+            nll += micro_nll.detach()
+            if index == last:
+                total, stops = self.mesh.sum(float(nll), float(stop))
+                loss = total / self.plan.tokens_per_step
+                self._check_finite("loss", loss)
+            self._engine.backward(self._weighted(micro_nll))
+            if index == last:
+                norm = self._norm_without_zero()
+            self._engine.step()
+        return self._outcome(loss, norm, stop=stops > 0)
+
+    def eval_loss(self, batches: Iterable[Tensor]) -> tuple[float, int]:
+        """Mean loss in nats over all processes' batches (b, seq_len + 1), and the number of target tokens.
+
+        Every process must bring equally many batches: under ZeRO-3 each forward is a collective.
+        """
+        nll, tokens = 0.0, 0
+        self._engine.eval()
+        with torch.no_grad():
+            for batch in batches:
+                nll += float(self._nll(batch))
+                tokens += batch[:, 1:].numel()
+        total_nll, total_tokens = self.mesh.sum(nll, tokens)
+        return total_nll / total_tokens, int(total_tokens)
+
+    def owned_slices(self) -> Iterator[TensorSlice]:
+        """This process's part of weights and optimizer state, for a checkpoint."""
+        return slices.owned_slices(self._engine, self.mesh.data_parallel_rank)
+
+    def engine_state(self) -> dict[str, float]:
+        """Counters of the optimizer that are no tensors."""
+        state: dict[str, float] = {"adam_step": slices.adam_step(self._engine)}
+        if self._fp16:
+            state |= self._loss_scaler_state()
+        return state
+
+    def restore(self, reader: SliceReader, state: Mapping[str, float]) -> None:
+        """Take weights, moments and counters from a checkpoint of any layout."""
+        reader.check_model(self.logical_shapes())
+        slices.restore_slices(self._engine, self.mesh.data_parallel_rank, reader.read, int(state["adam_step"]))
+        if self._fp16 and "loss_scale" in state:
+            scaler = self._engine.optimizer.loss_scaler
+            scaler.cur_scale = state["loss_scale"]
+            scaler.cur_iter = int(state["scaler_iter"])
+            scaler.last_overflow_iter = int(state["last_overflow_iter"])
+            scaler.cur_hysteresis = int(state["hysteresis"])
+
+    def logical_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every parameter as if there were one process."""
+        return {
+            name: tuple(getattr(parameter, "ds_shape", parameter.shape))
+            for name, parameter in self.model.named_parameters()
+        }
+
+    def _nll(self, tokens: Tensor) -> Tensor:
+        """Summed negative log-likelihood of tokens[:, 1:], nats."""
+        tokens = tokens.to(self.mesh.device, non_blocking=True)
+        return next_token_nll(self._engine(tokens[:, :-1]), tokens[:, 1:])
+
+    def _weighted(self, micro_nll: Tensor) -> Tensor:
+        """The loss that DeepSpeed is given.
+
+        After its mean over processes and micro-batches, each target token of the whole step weighs the same.
+        """
+        plan = self.plan
+        return micro_nll * (plan.data_parallel * plan.grad_accum_steps / plan.tokens_per_step)
+
+    def _norm_without_zero(self) -> float | None:
+        """ZeRO-0 clips without telling the norm; gradients are reduced by now, so take it here."""
+        if self._zero_stage:
+            return None
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
+
+    def _outcome(self, loss: float, norm: float | None, *, stop: bool) -> StepOutcome:
+        applied = bool(self._engine.was_step_applied())
+        if norm is None:
+            norm = float(self._engine.get_global_grad_norm())
+        if not self._fp16:
+            # DeepSpeed passes over non-finite gradients without a word; to us they end the run.
+            self._check_finite("gradient norm", norm if applied else math.nan)
+        scale = float(self._engine.optimizer.cur_scale) if self._fp16 else None
+        return StepOutcome(loss, norm if applied else math.nan, not applied, scale, stop)
+
+    def _check_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise TrainingDiverged(
+                f"{what} is {value}; the step was not saved and the last checkpoint stands. "
+                "Lower optim.lr, lengthen optim.warmup_steps, or look at the data of this step"
+            )
+
+    def _loss_scaler_state(self) -> dict[str, float]:
+        scaler = self._engine.optimizer.loss_scaler
+        return {
+            "loss_scale": float(scaler.cur_scale),
+            "scaler_iter": int(scaler.cur_iter),
+            "last_overflow_iter": int(scaler.last_overflow_iter),
+            "hysteresis": int(scaler.cur_hysteresis),
+        }
+
+
+def _adamw(param_groups: list[dict[str, Any]], optim: OptimSection, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW with decoupled decay. Source: Loshchilov & Hutter 2019, algorithm 2."""
+    return torch.optim.AdamW(
+        param_groups,
+        lr=optim.lr,
+        betas=optim.betas,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        fused=device.type == "cuda",
+    )

@@ -1,0 +1,157 @@
+"""Which part of which logical tensor this process owns. The one file that touches DeepSpeed's private names.
+
+A logical tensor is a parameter of the model under its own name, as if there were one process. Each rank owns flat
+slices of some of them, in three values: the fp32 weight and both Adam moments. ZeRO-1/2 keep flat fp32 partitions whose
+`_hp_mapping` says which parameter lies where; ZeRO-3 cuts every parameter evenly and has a public local API;
+ZeRO-0 owns everything everywhere, so that rank 0 speaks for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from deepspeed.utils import (
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor
+
+from megagpt.checkpoint.tensors import MOMENTS, WEIGHT, TensorSlice
+
+Reader = Callable[[str, str, int, int], Tensor]
+"""(tensor name, value kind, flat start, numel) -> 1-D fp32 tensor."""
+
+
+def owned_slices(engine: Any, rank: int) -> Iterator[TensorSlice]:
+    """Every slice that this process must write, in the model's parameter order."""
+    _link_optimizer_states(engine.optimizer)
+    for name, parameter in engine.module.named_parameters():
+        if hasattr(parameter, "ds_tensor"):
+            found = _zero3_slice(name, parameter, rank)
+        elif hasattr(parameter, "_hp_mapping"):
+            found = _flat_partition_slice(name, parameter)
+        else:
+            found = _whole_tensor(name, parameter, engine.optimizer) if rank == 0 else None
+        if found is not None:
+            yield found
+
+
+def restore_slices(engine: Any, rank: int, read: Reader, adam_step: int) -> None:
+    """Fill this process's weights and optimizer state from logical tensors, whatever layout wrote them."""
+    _make_optimizer_states(engine.optimizer, adam_step)
+    for name, parameter in engine.module.named_parameters():
+        if hasattr(parameter, "ds_tensor"):
+            _restore_zero3(name, parameter, rank, read)
+            continue
+        parameter.data.copy_(read(name, WEIGHT, 0, parameter.numel()).view_as(parameter))
+        if hasattr(parameter, "_hp_mapping"):
+            mapping = parameter._hp_mapping
+            if mapping is not None:
+                start, numel = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+                mapping.get_hp_fragment().data.copy_(read(name, WEIGHT, start, numel))
+                for kind in MOMENTS:
+                    mapping.get_hp_fragment(kind).data.copy_(read(name, kind, start, numel))
+        else:
+            state = engine.optimizer.state[parameter]
+            for kind in MOMENTS:
+                state[kind].copy_(read(name, kind, 0, parameter.numel()).view_as(parameter))
+
+
+def adam_step(engine: Any) -> int:
+    """Updates that Adam has made: the steps of the run less those that were skipped."""
+    inner = _inner_optimizer(engine.optimizer)
+    for flat in _flat_partitions(engine.optimizer):
+        if "step" in inner.state.get(flat, {}):
+            return int(inner.state[flat]["step"])
+    return 0
+
+
+def _inner_optimizer(optimizer: Any) -> Any:
+    """The torch optimizer inside DeepSpeed's wrapper, or itself under ZeRO-0."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _flat_partitions(optimizer: Any) -> list[Tensor]:
+    """The tensors that the torch optimizer really steps: one a parameter group, or the parameters themselves."""
+    for attribute in (
+        "fp32_partitioned_groups_flat",  # ZeRO-3
+        "single_partition_of_fp32_groups",  # ZeRO-1 and 2
+        "fp32_groups_flat_partition",  # BF16_Optimizer
+    ):
+        flats = getattr(optimizer, attribute, None)
+        if flats is not None:
+            return list(flats)
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _link_optimizer_states(optimizer: Any) -> None:
+    """Make `_hp_mapping` point at today's Adam moments: the first link can precede them."""
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _make_optimizer_states(optimizer: Any, step: int) -> None:
+    """Empty Adam moments where there are none yet, at the given step count."""
+    inner = _inner_optimizer(optimizer)
+    for flat in _flat_partitions(optimizer):
+        inner.state[flat] = {
+            "step": torch.tensor(float(step), device=flat.device if inner.defaults.get("fused") else None),
+            **{kind: torch.zeros_like(flat) for kind in MOMENTS},
+        }
+    _link_optimizer_states(optimizer)
+
+
+def _flat_partition_slice(name: str, parameter: Any) -> TensorSlice | None:
+    mapping = parameter._hp_mapping
+    if mapping is None:  # another rank's partition holds all of it
+        return None
+    weight = mapping.get_hp_fragment()
+    known = mapping.optim_fragment or {}
+    values = {WEIGHT: weight, **{kind: known.get(kind, torch.zeros_like(weight)) for kind in MOMENTS}}
+    return TensorSlice(name, tuple(parameter.shape), mapping.lp_fragment_address.start, values)
+
+
+def _zero3_slice(name: str, parameter: Any, rank: int) -> TensorSlice | None:
+    start, numel = _zero3_extent(parameter, rank)
+    if not numel:
+        return None
+    values = {WEIGHT: safe_get_local_fp32_param(parameter)[:numel]}
+    for kind in MOMENTS:
+        values[kind] = safe_get_local_optimizer_state(parameter, kind)[:numel]
+    return TensorSlice(name, tuple(parameter.ds_shape), start, values)
+
+
+def _zero3_extent(parameter: Any, rank: int) -> tuple[int, int]:
+    """(flat start, numel) of a rank's part; the last parts are padded, possibly wholly."""
+    part = parameter.ds_tensor.numel()
+    start = rank * part
+    return start, max(0, min(part, parameter.ds_numel - start))
+
+
+def _restore_zero3(name: str, parameter: Any, rank: int, read: Reader) -> None:
+    start, numel = _zero3_extent(parameter, rank)
+    padding = parameter.ds_tensor.numel() - numel
+
+    def padded(kind: str) -> Tensor:
+        values = read(name, kind, start, numel) if numel else torch.zeros(0)
+        return torch.nn.functional.pad(values, (0, padding)).to(parameter.ds_tensor.device)
+
+    safe_set_local_fp32_param(parameter, padded(WEIGHT))
+    parameter.ds_tensor.data.copy_(padded(WEIGHT))
+    for kind in MOMENTS:
+        safe_set_local_optimizer_state(parameter, padded(kind), kind)
+    if parameter.data.numel() == parameter.ds_numel:  # small parameters stay gathered on every rank
+        parameter.data.copy_(read(name, WEIGHT, 0, parameter.ds_numel).view(parameter.ds_shape))
+
+
+def _whole_tensor(name: str, parameter: Tensor, optimizer: Any) -> TensorSlice:
+    state = optimizer.state.get(parameter, {})
+    values = {WEIGHT: parameter.detach().view(-1)}
+    for kind in MOMENTS:
+        values[kind] = state[kind].view(-1) if kind in state else torch.zeros_like(values[WEIGHT])
+    return TensorSlice(name, tuple(parameter.shape), 0, values)

@@ -1,0 +1,181 @@
+"""Text from a model, token by token, with a key-value cache: greedy, temperature, top-k, top-p.
+
+Rows of a batch may have prompts of different lengths. They are left-aligned in the cache (see `KVCache`), and a
+finished row leaves the batch, so a row's tokens do not depend on what it is generated together with, but for rounding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megagpt.errors import ConfigError
+from megagpt.model.decoder import Decoder
+
+OnToken = Callable[[int, int], bool | None]
+"""Called with (row, token) as soon as a token is known; True ends that row after it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen. The default is greedy: the most likely one."""
+
+    temperature: float = 0.0
+    """0 is greedy; 1 the model's own distribution; between, sharper."""
+    top_k: int | None = None
+    """Only the k most likely tokens."""
+    top_p: float | None = None
+    """Only the most likely tokens that together reach this probability (Holtzman et al. 2020, section 3.1)."""
+    seed: int = 0
+    """Each row draws from a generator of its own, seeded by this and the row's number."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        if self.temperature < 0:
+            raise ConfigError(f"temperature {self.temperature} must be 0 (greedy) or above")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"top_k {self.top_k} must be at least 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p {self.top_p} must be above 0 and at most 1")
+
+
+def generate(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    stop_ids: Collection[int] = (),
+    on_token: OnToken | None = None,
+) -> list[list[int]]:
+    """Continue each prompt.
+
+    Args:
+        model: on the device that is to be used; it runs in evaluation mode.
+        prompts: token ids, at least one each; they are run as one batch.
+        max_new_tokens: the most tokens a row may get.
+        sampling: greedy where None.
+        stop_ids: a row ends before the first of these, which is not part of the result.
+        on_token: sees every token of the result at once, and may end its row.
+
+    Returns:
+        The new tokens of each row: fewer than `max_new_tokens` only where the row was ended by one of the above.
+
+    Raises:
+        ConfigError: a prompt is empty, holds a token that the model has not, or leaves too little of its context.
+    """
+    _check_prompts(model, prompts, max_new_tokens)
+    results: list[list[int]] = [[] for _ in prompts]
+    if not prompts or max_new_tokens == 0:
+        return results
+    chooser = _Chooser(sampling or Sampling(), len(prompts))
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            _decode(model, prompts, max_new_tokens, chooser, _Recorder(results, frozenset(stop_ids), on_token))
+    finally:
+        model.train(was_training)
+    return results
+
+
+def _decode(
+    model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, chooser: _Chooser, recorder: _Recorder
+) -> None:
+    """The loop: one pass over the prompts, then one token a row, until no row is left."""
+    device = model.embedding.tokens.weight.device
+    rows = list(range(len(prompts)))
+    lengths = [len(prompt) for prompt in prompts]
+    width = max(lengths)
+    cache = model.new_cache(len(prompts), width + max_new_tokens - 1)
+    block = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=device)
+    logits = model.decode(block, cache, lengths)
+    for remaining in range(max_new_tokens - 1, -1, -1):
+        tokens = chooser.choose(logits, rows)
+        going = [index for index, row in enumerate(rows) if recorder.record(row, tokens[index])]
+        if not going or remaining == 0:
+            return
+        if len(going) < len(rows):
+            rows = [rows[index] for index in going]
+            cache.keep_rows(going)
+        block = torch.tensor([[tokens[index]] for index in going], device=device)
+        logits = model.decode(block, cache, [1] * len(going))
+
+
+@dataclass(frozen=True, slots=True)
+class _Recorder:
+    """Where tokens go, and what ends a row."""
+
+    results: list[list[int]]
+    stop_ids: frozenset[int]
+    on_token: OnToken | None
+
+    def record(self, row: int, token: int) -> bool:
+        """Whether the row goes on."""
+        if token in self.stop_ids:
+            return False
+        self.results[row].append(token)
+        return self.on_token is None or self.on_token(row, token) is not True
+
+
+class _Chooser:
+    """Next tokens from logits."""
+
+    def __init__(self, sampling: Sampling, n_rows: int) -> None:
+        self.sampling = sampling
+        self.generators = [torch.Generator().manual_seed(_row_seed(sampling.seed, row)) for row in range(n_rows)]
+
+    def choose(self, logits: Tensor, rows: Sequence[int]) -> list[int]:
+        """(B, V) logits of these rows -> B tokens."""
+        sampling = self.sampling
+        if sampling.temperature == 0:
+            return logits.argmax(-1).tolist()
+        uniforms = torch.stack([torch.rand((), generator=self.generators[row]) for row in rows]).to(logits.device)
+        return sample(logits, sampling, uniforms).tolist()
+
+
+def sample(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
+    """(B, V) logits and B numbers from [0, 1) -> B tokens, by inverting the cumulative distribution.
+
+    Top-k is applied before top-p, as in Hugging Face's `generate`.
+    """
+    ranked, tokens = (logits.float() / sampling.temperature).sort(dim=-1, descending=True, stable=True)
+    if sampling.top_k is not None:
+        ranked = ranked[:, : sampling.top_k]
+    probabilities = ranked.softmax(-1)
+    cumulative = probabilities.cumsum(-1)
+    if sampling.top_p is not None:
+        outside = cumulative - probabilities >= sampling.top_p  # the mass before it is enough already
+        probabilities = probabilities.masked_fill(outside, 0.0)
+        cumulative = probabilities.cumsum(-1)
+    wanted = uniforms[:, None] * cumulative[:, -1:]
+    picked = torch.searchsorted(cumulative, wanted, right=True)
+    kept = torch.count_nonzero(probabilities, dim=-1)[:, None]  # rounding may not pick what was cut off
+    return tokens.gather(-1, torch.minimum(picked, kept - 1)).squeeze(-1)
+
+
+def _row_seed(seed: int, row: int) -> int:
+    digest = hashlib.sha256(f"{seed}:{row}".encode()).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)
+
+
+def _check_prompts(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    vocab_size, max_seq_len = model.sizes.vocab_size, model.sizes.max_seq_len
+    if max_new_tokens < 0:
+        raise ConfigError(f"max_new_tokens {max_new_tokens} must be 0 or above")
+    for row, prompt in enumerate(prompts):
+        if not prompt:
+            raise ConfigError(f"prompt {row} is empty; give at least one token, for example the end-of-text token")
+        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+            raise ConfigError(
+                f"prompt {row} holds token {max(prompt) if max(prompt) >= vocab_size else min(prompt)}, but the model "
+                f"knows 0 to {vocab_size - 1}; is it the model's tokenizer?"
+            )
+        if len(prompt) + max_new_tokens > max_seq_len:
+            raise ConfigError(
+                f"prompt {row} of {len(prompt)} tokens and {max_new_tokens} new ones exceed the model's context of "
+                f"{max_seq_len}; shorten the prompt, or ask for at most {max(0, max_seq_len - len(prompt))} new tokens"
+            )

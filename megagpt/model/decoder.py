@@ -1,0 +1,104 @@
+"""A decoder as a flat list of layers: embedding, blocks, final norm, head. What `forward` runs is what a pipeline cuts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megagpt.model.layers import Block, Embedding, KVCache
+from megagpt.model.rotary import Rotary
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderSizes:
+    """What a caller must know of a model's shape."""
+
+    vocab_size: int
+    max_seq_len: int
+    """Tokens."""
+    d_model: int
+    n_kv_head: int
+    d_head: int
+
+
+class Decoder(nn.Module):
+    """Every layer takes and returns one tensor: (B, T) tokens, then (B, T, C), at last (B, T, V)."""
+
+    def __init__(
+        self, embedding: Embedding, blocks: Sequence[Block], final_norm: nn.Module, sizes: DecoderSizes, *, tied_head: bool
+    ) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.tied_head = tied_head
+        self.embedding = embedding
+        self.blocks = nn.ModuleList(blocks)
+        self.final_norm = final_norm
+        self.head = nn.Linear(sizes.d_model, sizes.vocab_size, bias=False)
+        self.tie_head()
+
+    def layers(self) -> list[tuple[str, nn.Module]]:
+        """Names and layers in the order they run; the index of a layer is the same in every layout."""
+        blocks = [(f"blocks.{index}", block) for index, block in enumerate(self.blocks)]
+        return [("embedding", self.embedding), *blocks, ("final_norm", self.final_norm), ("head", self.head)]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, T) int64 -> logits (B, T, V)."""
+        x = tokens
+        for _, layer in self.layers():
+            x = layer(x)
+        return x
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """(B, T) int64 -> (B, T, C): everything but the head."""
+        x = tokens
+        for _, layer in self.layers()[:-1]:
+            x = layer(x)
+        return x
+
+    def new_cache(self, n_rows: int, n_slots: int) -> KVCache:
+        """An empty key-value cache for `n_rows` sequences of at most `n_slots` tokens."""
+        shape = (n_rows, n_slots, self.sizes.n_kv_head, self.sizes.d_head)
+        return KVCache(len(self.blocks), shape, like=self.embedding.tokens.weight.detach())
+
+    def decode(self, tokens: Tensor, cache: KVCache, n_new: Sequence[int]) -> Tensor:
+        """Run the next tokens of each row, remember them in the cache, and predict what follows the last one.
+
+        Args:
+            tokens: (B, T) int64; row b holds `n_new[b]` tokens, then anything.
+            cache: from `new_cache`; it is extended.
+            n_new: tokens of each row, from 1 to T.
+
+        Returns:
+            Logits (B, V) of the token that follows each row's last new one.
+        """
+        hidden = self.decode_hidden(tokens, cache, n_new)
+        last = torch.tensor(n_new, device=hidden.device) - 1
+        return self.head(hidden[torch.arange(len(hidden), device=hidden.device), last])
+
+    def decode_hidden(self, tokens: Tensor, cache: KVCache, n_new: Sequence[int]) -> Tensor:
+        """As `decode`, but (B, T, C) before the head; what stands behind a row's last token means nothing."""
+        step = cache.extend(n_new, tokens.shape[1])
+        x = self.embedding.at(tokens, step.positions)
+        for index, block in enumerate(self.blocks):
+            x = block.decode(x, step, index)
+        return self.final_norm(x)
+
+    def tie_head(self) -> None:
+        """Make a tied head share the embedding's parameter again (moving modules may have made a copy)."""
+        if self.tied_head:
+            self.head.weight = self.embedding.tokens.weight
+
+    def reset_buffers(self) -> None:
+        """Compute again what is neither parameter nor saved: `to_empty` leaves it undefined."""
+        for module in self.modules():
+            if isinstance(module, Rotary):
+                module.reset()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decoder:  # noqa: FBT001, FBT002
+        """As in `nn.Module`; leaving the meta device makes one new parameter per module, which unties a head."""
+        super()._apply(fn, recurse)
+        self.tie_head()
+        return self

@@ -1,0 +1,158 @@
+"""Blocks that the model families share: the attention core, the pre-norm block, dropout, the key-value cache.
+
+Letters: B batch, T positions, C d_model, H query heads, K key and value heads, D d_head, F d_ff, V vocabulary,
+S cache slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, for a batch of rows of different lengths.
+
+    Rows are left-aligned: the token at position p of a row lies in slot p, whatever the other rows hold. So a
+    token's position is its slot, no row ever sees padding (a query sees slots up to its own), and stale slots
+    behind a row's end are overwritten before they become visible.
+    """
+
+    def __init__(self, n_layer: int, shape: tuple[int, int, int, int], like: Tensor) -> None:
+        """Room for `shape` = (B, S, K, D) keys and values in each layer, with the device and type of `like`."""
+        self.keys = [like.new_zeros(shape) for _ in range(n_layer)]
+        self.values = [like.new_zeros(shape) for _ in range(n_layer)]
+        self.lengths = [0] * shape[0]
+
+    @property
+    def n_slots(self) -> int:
+        """The most tokens that a row can hold."""
+        return self.keys[0].shape[1]
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Drop every row but these, in this order."""
+        index = torch.tensor(rows, device=self.keys[0].device)
+        self.keys = [keys.index_select(0, index) for keys in self.keys]
+        self.values = [values.index_select(0, index) for values in self.values]
+        self.lengths = [self.lengths[row] for row in rows]
+
+    def extend(self, n_new: Sequence[int], width: int) -> CacheStep:
+        """Make room for the next `n_new[b]` tokens of each row, given as a block of `width` columns.
+
+        Raises:
+            ValueError: the block does not fit into the cache.
+        """
+        end = max(self.lengths) + width
+        if end > self.n_slots:
+            raise ValueError(f"key-value cache of {self.n_slots} tokens cannot take {end}; make it longer")
+        device = self.keys[0].device
+        starts = torch.tensor(self.lengths, device=device)
+        positions = starts[:, None] + torch.arange(width, device=device)  # (B, T)
+        visible = torch.arange(end, device=device) <= positions[:, None, :, None]  # (B, 1, T, S)
+        self.lengths = [length + new for length, new in zip(self.lengths, n_new, strict=True)]
+        return CacheStep(self, positions, visible, end)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStep:
+    """One block of new tokens on its way through the layers."""
+
+    cache: KVCache
+    positions: Tensor
+    """(B, T) position of each new token, which is also its slot."""
+    visible: Tensor
+    """(B, 1, T, S) True where the new token may look."""
+    end: int
+    """Slots in use after this step, over all rows."""
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (B, T, K, D) keys and values; give back all that is stored, (B, S, K, D)."""
+        rows = torch.arange(len(self.positions), device=self.positions.device)[:, None]
+        stored_keys, stored_values = self.cache.keys[layer], self.cache.values[layer]
+        stored_keys[rows, self.positions] = keys
+        stored_values[rows, self.positions] = values
+        return stored_keys[:, : self.end], stored_values[:, : self.end]
+
+
+class AttentionCore(nn.Module):
+    """Causal softmax(q k^T / sqrt(D)) v without weights of its own.
+
+    Source: Vaswani et al. 2017, section 3.2.1; grouped heads: Ainslie et al. 2023, section 2.2.
+    """
+
+    def __init__(self, n_head: int, n_kv_head: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.grouped = n_head != n_kv_head
+        self.dropout = dropout
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(B, T, H, D), (B, T, K, D), (B, T, K, D) -> (B, T, H * D)."""
+        attended = F.scaled_dot_product_attention(
+            q.transpose(1, 2),  # (B, H, T, D)
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            dropout_p=self.dropout * self.training,
+            is_causal=True,
+            enable_gqa=self.grouped,
+        )
+        return attended.transpose(1, 2).flatten(2)
+
+    def decode(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+        """(B, T, H, D) queries over (B, S, K, D) stored keys and values -> (B, T, H * D)."""
+        attended = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=visible, enable_gqa=self.grouped
+        )
+        return attended.transpose(1, 2).flatten(2)
+
+
+class Attention(nn.Module):
+    """What a family's attention gives beside `forward`: one step with a key-value cache."""
+
+    def decode(self, x: Tensor, step: CacheStep, layer: int) -> Tensor:
+        """(B, T, C) new tokens -> (B, T, C), looking also at what the cache holds."""
+        raise NotImplementedError
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: attention, then feed-forward.
+
+    Source: Radford et al. 2019, section 2.3 (layer normalisation moved to the input of each sub-block).
+    """
+
+    def __init__(
+        self, attention_norm: nn.Module, attention: Attention, feed_forward_norm: nn.Module, feed_forward: nn.Module
+    ) -> None:
+        super().__init__()
+        self.attention_norm = attention_norm
+        self.attention = attention
+        self.feed_forward_norm = feed_forward_norm
+        self.feed_forward = feed_forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+    def decode(self, x: Tensor, step: CacheStep, layer: int) -> Tensor:
+        """As `forward`, for new tokens behind those in the cache."""
+        x = x + self.attention.decode(self.attention_norm(x), step, layer)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class Embedding(nn.Module):
+    """Tokens to vectors: a family's first layer. Its table is `tokens`, which a tied head shares."""
+
+    tokens: nn.Embedding
+
+    def at(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """(B, T) tokens at (B, T) positions -> (B, T, C)."""
+        raise NotImplementedError
+
+
+def dropout_layer(probability: float) -> nn.Module:
+    """Dropout, or nothing at all where the probability is 0."""
+    return nn.Dropout(probability) if probability > 0 else nn.Identity()

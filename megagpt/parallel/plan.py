@@ -1,0 +1,115 @@
+"""World size + configuration -> integers: who runs how many sequences, and which layouts are legal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megagpt.config.schema import TrainingRun
+from megagpt.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """How one optimizer step is divided. `global_batch_size = micro_batch_size x grad_accum_steps x data_parallel`."""
+
+    data_parallel: int
+    """Processes that see different samples."""
+    micro_batch_size: int
+    """Sequences a process runs at once."""
+    grad_accum_steps: int
+    """Micro-batches a process adds up before the optimizer steps."""
+    seq_len: int
+    """Tokens a sequence."""
+
+    @property
+    def global_batch_size(self) -> int:
+        """Sequences an optimizer step."""
+        return self.data_parallel * self.micro_batch_size * self.grad_accum_steps
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Target tokens an optimizer step."""
+        return self.global_batch_size * self.seq_len
+
+    def sample_indices(self, step: int, data_parallel_rank: int) -> list[range]:
+        """The samples of one rank in one step, a range for each micro-batch.
+
+        Step s always covers samples [s x global_batch_size, (s + 1) x global_batch_size), whatever the layout.
+        """
+        width = self.data_parallel * self.micro_batch_size
+        first = step * self.global_batch_size + data_parallel_rank * self.micro_batch_size
+        starts = (first + micro * width for micro in range(self.grad_accum_steps))
+        return [range(start, start + self.micro_batch_size) for start in starts]
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A combination that is not run, why, and what to write instead."""
+
+    applies: Callable[[TrainingRun], bool]
+    reason: str
+    instead: str
+
+
+REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        lambda c: c.parallel.zero_stage == 0 and c.train.dtype != "fp32",
+        "parallel.zero_stage=0 with bf16 or fp16: DeepSpeed 0.19.8 applies one update on zero gradients at start, "
+        "so that Adam's bias correction is off from the first step",
+        "parallel.zero_stage=1 (the same memory on one process), or train.dtype=fp32",
+    ),
+    Refusal(
+        lambda c: c.parallel.tensor > 1,
+        "parallel.tensor above 1: this version has no tensor-parallel layers",
+        "parallel.tensor=1 with parallel.zero_stage=3, or parallel.zero_stage=2",
+    ),
+    Refusal(
+        lambda c: c.parallel.pipeline > 1,
+        "parallel.pipeline above 1: this version has no pipeline",
+        "parallel.pipeline=1 with parallel.zero_stage=3, or parallel.zero_stage=2",
+    ),
+    Refusal(
+        lambda c: c.parallel.sequence > 1 or c.parallel.tensor_sequence,
+        "sequence parallelism: this version has none",
+        "parallel.sequence=1 parallel.tensor_sequence=false with train.recompute=full for long sequences",
+    ),
+)
+"""What cannot be run, as data: the configuration check, `--check` and the tests read this one table."""
+
+
+def check_layout(config: TrainingRun) -> None:
+    """Refuse a layout that would fail late or train wrongly.
+
+    Raises:
+        ConfigError: naming the reason and what to write instead.
+    """
+    refused = [rule for rule in REFUSALS if rule.applies(config)]
+    if refused:
+        raise ConfigError("\n".join(f"{rule.reason}; use {rule.instead}" for rule in refused))
+
+
+def plan_batches(config: TrainingRun, world_size: int) -> BatchPlan:
+    """Divide the global batch over `world_size` processes.
+
+    Raises:
+        ConfigError: the numbers do not divide; says the nearest global batch sizes that do.
+    """
+    check_layout(config)
+    model_parallel = config.parallel.tensor * config.parallel.pipeline * config.parallel.sequence
+    if world_size % model_parallel:
+        raise ConfigError(
+            f"{world_size} processes cannot hold tensor x pipeline x sequence = {model_parallel}; "
+            f"start a multiple of {model_parallel}"
+        )
+    data_parallel = world_size // model_parallel
+    wanted, micro = config.train.global_batch_size, config.train.micro_batch_size
+    width = data_parallel * micro
+    if wanted % width:
+        below, above = wanted // width * width, (wanted // width + 1) * width
+        nearest = f"{below} or {above}" if below else str(above)
+        raise ConfigError(
+            f"train.global_batch_size ({wanted}) must be a multiple of data-parallel processes ({data_parallel}) "
+            f"x train.micro_batch_size ({micro}) = {width}; the nearest that fit: {nearest}"
+        )
+    return BatchPlan(data_parallel, micro, wanted // width, config.model.max_seq_len)

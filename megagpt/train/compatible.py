@@ -1,0 +1,97 @@
+"""Does the tokenizer fit the tokens, the tokens the model, and the checkpoint the run?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megagpt.checkpoint.store import Manifest
+from megagpt.config.schema import TrainingRun
+from megagpt.data.manifest import read_manifest
+from megagpt.data.mixture import Mixture
+from megagpt.errors import CheckpointError, ConfigError, DataError
+from megagpt.tokenizer import Tokenizer, open_tokenizer
+
+UNCHANGEABLE = ("model", "run.seed", "train.global_batch_size")
+"""Keys that a resumed run must keep: the weights' shapes, and which sample comes when."""
+
+
+def check_tokens(config: TrainingRun, mixture: Mixture) -> Tokenizer | None:
+    """Open the tokenizer that the token files name and check that everything fits.
+
+    Returns:
+        the tokenizer, or None for token files without manifest.json where `data.tokenizer` is not set.
+
+    Raises:
+        ConfigError: the model's vocabulary is smaller than the tokenizer's or the tokens'.
+        DataError: the tokens were made with another tokenizer than `data.tokenizer` or the validation tokens.
+    """
+    recorded = _recorded_tokenizers(config)
+    tokenizer = _open(config, recorded)
+    for prefix, described in recorded.items():
+        if tokenizer is not None and described["fingerprint"] != tokenizer.fingerprint:
+            raise DataError(
+                f"{prefix} was made with another tokenizer ({described['fingerprint']}) than "
+                f"{config.data.tokenizer or next(iter(recorded))} ({tokenizer.fingerprint}); "
+                "use token files of one tokenizer, and leave data.tokenizer out where they name theirs"
+            )
+    needed = max(tokenizer.vocab_size if tokenizer is not None else 0, (mixture.max_token_id or -1) + 1)
+    if needed > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size is {config.model.vocab_size} but the tokenizer has {needed} tokens; "
+            f"set model.vocab_size={needed} or more"
+        )
+    return tokenizer
+
+
+def check_resumable(config: TrainingRun, manifest: Manifest, data_fingerprint: str, step_dir: Path) -> None:
+    """Refuse to go on from a checkpoint of another model or other data.
+
+    Raises:
+        CheckpointError: naming each difference, both values.
+    """
+    current = config.model_dump(mode="json")
+    differences = [
+        difference for key in UNCHANGEABLE for difference in _differences(manifest.config, current, key.split("."))
+    ]
+    if manifest.data_fingerprint != data_fingerprint and not differences:
+        differences.append("data.train holds other tokens, weights or sequence length")
+    if differences:
+        raise CheckpointError(
+            f"{step_dir}: checkpoint of another run: {'; '.join(differences)}. "
+            "Choose another run.dir, or restore these settings"
+        )
+
+
+def _differences(saved: Any, current: Any, path: list[str], at: str = "") -> list[str]:
+    """Human sentences for every leaf below `path` that is not the same."""
+    if path:
+        return _differences(saved[path[0]], current[path[0]], path[1:], f"{at}.{path[0]}".lstrip("."))
+    if isinstance(saved, Mapping) and isinstance(current, Mapping):
+        keys = sorted(saved.keys() | current.keys())
+        return [
+            difference
+            for key in keys
+            for difference in _differences(saved.get(key), current.get(key), [], f"{at}.{key}")
+        ]
+    return [] if saved == current else [f"{at} is {saved!r} in the checkpoint, {current!r} in the configuration"]
+
+
+def _recorded_tokenizers(config: TrainingRun) -> dict[Path, Mapping[str, Any]]:
+    """What manifest.json beside each token file says, where there is one."""
+    train = config.data.train
+    prefixes = [train] if isinstance(train, Path) else [part.prefix for part in train]
+    manifests = {prefix: read_manifest(prefix) for prefix in [*prefixes, config.data.val] if prefix is not None}
+    return {prefix: manifest.tokenizer for prefix, manifest in manifests.items() if manifest is not None}
+
+
+def _open(config: TrainingRun, recorded: Mapping[Path, Mapping[str, Any]]) -> Tokenizer | None:
+    """The configured tokenizer, or the one of the first token file: a tiktoken name, or a file beside it."""
+    if config.data.tokenizer is not None:
+        return open_tokenizer(config.data.tokenizer)
+    for prefix, described in recorded.items():
+        if described["kind"] == "tiktoken":
+            return open_tokenizer(str(described["name"]))
+        return open_tokenizer(prefix.parent / str(described["file"]))
+    return None

@@ -1,0 +1,94 @@
+"""The plan of a run in words and numbers: `--check`, plan.json, and the header of a run. Needs no torch."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from megagpt.config.schema import TrainingRun
+from megagpt.data.mixture import open_mixture
+from megagpt.model import flops
+from megagpt.parallel.plan import BatchPlan
+
+_PACKAGES = (
+    "megagpt",
+    "torch",
+    "deepspeed",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+    "tiktoken",
+    "transformers",
+    "datasets",
+    "lm_eval",
+)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def describe_plan(config: TrainingRun, plan: BatchPlan) -> dict[str, Any]:
+    """Sizes, batch arithmetic and memory of a run, as numbers."""
+    seq_len = config.model.max_seq_len
+    memory = flops.memory_bytes(
+        config.model,
+        dtype=config.train.dtype,
+        zero_stage=config.parallel.zero_stage,
+        data_parallel=plan.data_parallel,
+        micro_batch_size=plan.micro_batch_size,
+        recompute=config.train.recompute,
+    )
+    samples = config.train.max_steps * plan.global_batch_size
+    return {
+        "parameters": flops.parameter_count(config.model),
+        "flops_per_token": flops.flops_per_token(config.model, seq_len),
+        "world_size": plan.data_parallel,
+        "data_parallel": plan.data_parallel,
+        "micro_batch_size": plan.micro_batch_size,
+        "grad_accum_steps": plan.grad_accum_steps,
+        "global_batch_size": plan.global_batch_size,
+        "seq_len": seq_len,
+        "tokens_per_step": plan.tokens_per_step,
+        "total_tokens": plan.tokens_per_step * config.train.max_steps,
+        "memory_bytes": asdict(memory) | {"total_bytes": memory.total_bytes},
+        "data": [
+            asdict(share) | {"prefix": str(share.prefix)}
+            for share in open_mixture(config.data.train, seq_len, config.run.seed).describe(samples)
+        ],
+    }
+
+
+def plan_as_text(described: dict[str, Any]) -> str:
+    """The plan for a person."""
+    d = described
+    total_flops = d["flops_per_token"] * d["total_tokens"]
+    lines = [
+        f"model      {d['parameters']:,} parameters, {d['flops_per_token'] / 1e9:.4g} GFLOP a token",
+        f"batch      {d['global_batch_size']} sequences x {d['seq_len']} tokens = {d['tokens_per_step']:,} a step",
+        f"           = {d['micro_batch_size']} sequences x {d['grad_accum_steps']} micro-batches "
+        f"x {d['data_parallel']} processes",
+        f"run        {d['total_tokens']:,} tokens, {total_flops:.3g} FLOP",
+        "memory     a process, estimated: "
+        + ", ".join(
+            f"{name.removesuffix('_bytes')} {size / 2**20:,.0f} MiB" for name, size in d["memory_bytes"].items()
+        ),
+    ]
+    return "\n".join([*lines, *(f"data       {line}" for line in _data_lines(d["data"]))])
+
+
+def _data_lines(described: list[dict[str, Any]]) -> list[str]:
+    return [
+        f"{row['prefix']}: {row['n_tokens']:,} tokens in {row['n_documents']:,} documents; "
+        f"{row['share']:.1%} of the samples = {row['epochs']:.3g} epochs"
+        for row in described
+    ]

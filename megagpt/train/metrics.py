@@ -1,0 +1,120 @@
+"""metrics.jsonl and its mirrors: TensorBoard, Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from megagpt.checkpoint import fsio
+from megagpt.errors import MegaGPTError
+
+Row = Mapping[str, float | int | bool | None]
+
+
+class Sink(Protocol):
+    """Something that takes rows as they come."""
+
+    def write(self, row: Row) -> None:
+        """One row; it has a `step`."""
+
+    def close(self) -> None:
+        """Nothing more will come."""
+
+
+def _step(row: Row) -> int:
+    return int(row["step"] or 0)
+
+
+class JsonlSink:
+    """`metrics.jsonl`: one JSON object a line, flushed at once.
+
+    Rows of steps after `resume_step` belong to a run that was killed; they are cut off, and will come again.
+    """
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        _keep_rows(path, resume_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, row: Row) -> None:
+        """Append one row."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _keep_rows(path: Path, last_step: int) -> None:
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text("utf-8").splitlines() if (row := _row(line)) and row["step"] <= last_step]
+    fsio.write_atomic(path, "".join(f"{line}\n" for line in kept).encode())
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    """The row, or None for a line that a kill cut in two."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row if isinstance(row, dict) and "step" in row else None
+
+
+class TensorBoardSink:
+    """TensorBoard events; a resumed run hides the rows that are about to come again."""
+
+    def __init__(self, folder: Path, resume_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1)
+
+    def write(self, row: Row) -> None:
+        """One scalar a value."""
+        for name, value in row.items():
+            if name != "step" and value is not None:
+                self._writer.add_scalar(name, value, _step(row))
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._writer.close()
+
+
+class WandbSink:
+    """Weights & Biases. Needs the `wandb` extra."""
+
+    def __init__(self, project: str, run_dir: Path, config: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise MegaGPTError(
+                "log.wandb_project is set but wandb is not installed; pip install 'megagpt[wandb]', or leave it out"
+            ) from None
+        self._run = wandb.init(project=project, name=run_dir.name, id=run_dir.name, resume="allow", config=dict(config))
+
+    def write(self, row: Row) -> None:
+        """One log call."""
+        self._run.log({name: value for name, value in row.items() if name != "step"}, step=_step(row))
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
+
+
+class Metrics:
+    """All sinks of one process; none on those that do not log."""
+
+    def __init__(self, sinks: list[Sink]) -> None:
+        self._sinks = sinks
+
+    def write(self, row: Row) -> None:
+        """Give the row to every sink."""
+        for sink in self._sinks:
+            sink.write(row)
+
+    def close(self) -> None:
+        """Close every sink."""
+        for sink in self._sinks:
+            sink.close()

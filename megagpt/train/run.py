@@ -1,0 +1,265 @@
+"""One training process from its command line to its exit code. Read it from `run_training` downwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+
+from megagpt.checkpoint import fsio
+from megagpt.checkpoint.open import CHECKPOINTS, rank_files
+from megagpt.checkpoint.save import Identity, save_checkpoint, verify_together
+from megagpt.checkpoint.store import CheckpointStore, Manifest
+from megagpt.checkpoint.tensors import SliceReader
+from megagpt.config.load import dump_config
+from megagpt.config.schema import TrainingRun
+from megagpt.data.manifest import read_manifest
+from megagpt.data.mixture import Mixture, open_mixture
+from megagpt.engine.engine import Engine, init_distributed
+from megagpt.errors import CheckpointError, MegaGPTError
+from megagpt.model import flops
+from megagpt.model.build import build_model
+from megagpt.model.init import init_weights
+from megagpt.model.recompute import apply_recompute
+from megagpt.parallel.mesh import Mesh
+from megagpt.parallel.plan import BatchPlan, plan_batches
+from megagpt.tokenizer import Tokenizer
+from megagpt.train.batches import TrainBatches, ValidationBatches
+from megagpt.train.command import USAGE, Launch, parse_arguments
+from megagpt.train.compatible import check_resumable, check_tokens
+from megagpt.train.describe import describe_plan, package_versions, plan_as_text
+from megagpt.train.loop import Collaborators, train
+from megagpt.train.metrics import JsonlSink, Metrics, Sink, TensorBoardSink, WandbSink
+from megagpt.train.optim import parameter_groups
+from megagpt.train.progress import ProgressLine
+from megagpt.train.schedule import lr_schedule
+from megagpt.train.state import TrainState
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""A collective that waits longer than this ends the run; saves and evaluations of large models fit into it."""
+
+
+def main(argv: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run one process; the exit code."""
+    launch = Launch.from_environment(environment)
+    console = Console(stderr=False)
+    try:
+        arguments = parse_arguments(argv)
+        if arguments.help:
+            console.print(USAGE, highlight=False, markup=False)
+            return 0
+        config = arguments.load()
+        plan = plan_batches(config, launch.world_size)
+        if arguments.check:
+            if launch.rank == 0:
+                console.print(plan_as_text(describe_plan(config, plan)), highlight=False, soft_wrap=True)
+            return 0
+        run_training(config, plan, launch, console)
+    except MegaGPTError as error:
+        if launch.rank == 0:
+            Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return error.exit_code
+    return 0
+
+
+def run_training(config: TrainingRun, plan: BatchPlan, launch: Launch, console: Console) -> None:
+    """Train one run to its end: data, mesh, model, engine, state, loop."""
+    mixture = open_mixture(config.data.train, plan.seq_len, config.run.seed)
+    tokenizer = check_tokens(config, mixture)
+    mesh = _start_mesh(launch)
+    store = CheckpointStore(config.run.dir / CHECKPOINTS)
+    newest = _newest_checkpoint(store, config, mixture, mesh)
+    if newest is not None and newest.step >= config.train.max_steps:
+        if mesh.is_main:
+            console.print(f"{config.run.dir}: complete at step {newest.step}; nothing to do", highlight=False)
+        return
+    engine = _build_engine(config, plan, mesh)
+    state = _restore(engine, store, newest)
+    identity = _identity(config, mixture, tokenizer, mesh)
+    if mesh.is_main:
+        _write_run_files(config, plan, engine, state, identity)
+    progress = ProgressLine(console, config.train.max_steps, state.step, shown=mesh.is_main and config.log.progress)
+    with progress, closing(_open_metrics(config, state.step, mesh)) as metrics:
+        progress.say(_greeting(config, state, engine))
+        stop = SignalFlag()
+        final = train(
+            config,
+            state,
+            Collaborators(
+                engine=engine,
+                batches=TrainBatches(mixture, plan, mesh),
+                validation=_open_validation(config, plan, mesh),
+                schedule=lr_schedule(config.optim, config.train.max_steps),
+                metrics=metrics,
+                progress=progress,
+                stop=stop,
+                save=_saver(config, engine, store, identity),
+                mfu_per_token_rate=_mfu_per_token_rate(config, plan, mesh),
+            ),
+        )
+    if mesh.is_main:
+        event = "stopped" if stop.requested and final.step < config.train.max_steps else "finished"
+        log_event(config.run.dir, event, final.step)
+    mesh.barrier()
+    torch.distributed.destroy_process_group()
+
+
+class SignalFlag:
+    """Remembers SIGTERM (a scheduler's request to stop) and SIGUSR1 (its early warning)."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - signal's signature
+        self.requested = True
+
+
+def log_event(run_dir: Path, event: str, step: int, **details: Any) -> None:
+    """Append a line to the run's history, events.jsonl."""
+    row = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "event": event,
+        "step": step,
+        **details,
+    }
+    with (run_dir / "events.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _start_mesh(launch: Launch) -> Mesh:
+    device_type: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
+    if device_type == "cuda":
+        torch.cuda.set_device(launch.local_rank)
+    else:
+        cores = os.cpu_count() or 1
+        torch.set_num_threads(launch.threads or max(1, cores // launch.local_world_size))
+    init_distributed(COLLECTIVE_TIMEOUT, device_type=device_type)
+    device = f"cuda:{launch.local_rank}" if device_type == "cuda" else "cpu"
+    return Mesh(launch.rank, launch.world_size, launch.local_rank, torch.device(device))
+
+
+def _newest_checkpoint(store: CheckpointStore, config: TrainingRun, mixture: Mixture, mesh: Mesh) -> Manifest | None:
+    """The checkpoint to go on from, verified; None to start at step 0."""
+    steps = store.steps()
+    rule = config.checkpoint.resume
+    if rule == "never" and steps:
+        raise CheckpointError(
+            f"checkpoint.resume is 'never' but {store.folder} holds step {steps[-1]}; "
+            "choose another run.dir, or remove the folder"
+        )
+    if rule == "must" and not steps:
+        raise CheckpointError(f"checkpoint.resume is 'must' but {store.folder} holds no complete checkpoint")
+    if not steps:
+        return None
+    manifest = verify_together(store.step_dir(steps[-1]), mesh)
+    check_resumable(config, manifest, mixture.fingerprint, store.step_dir(steps[-1]))
+    return manifest
+
+
+def _build_engine(config: TrainingRun, plan: BatchPlan, mesh: Mesh) -> Engine:
+    model = build_model(config.model)
+    init_weights(model, config.run.seed)
+    apply_recompute(model, config.train.recompute)
+    return Engine(model, parameter_groups(model, config.optim.weight_decay), config, plan, mesh)
+
+
+def _restore(engine: Engine, store: CheckpointStore, newest: Manifest | None) -> TrainState:
+    if newest is None:
+        return TrainState()
+    state = TrainState.from_dict(newest.state)
+    with SliceReader(rank_files(store.step_dir(newest.step), newest)) as reader:
+        engine.restore(reader, state.engine)
+    return state
+
+
+def _identity(config: TrainingRun, mixture: Mixture, tokenizer: Tokenizer | None, mesh: Mesh) -> Identity:
+    files: tuple[Path, ...] = ()
+    if tokenizer is not None and mesh.is_main:
+        folder = config.run.dir / "tokenizer"
+        folder.mkdir(parents=True, exist_ok=True)
+        files = (tokenizer.save(folder),)
+    return Identity(
+        config=json.loads(config.model_dump_json()),
+        data_fingerprint=mixture.fingerprint,
+        tokenizer=tokenizer.describe() if tokenizer is not None else None,
+        tokenizer_files=files,
+        versions=package_versions(),
+    )
+
+
+def _write_run_files(
+    config: TrainingRun, plan: BatchPlan, engine: Engine, state: TrainState, identity: Identity
+) -> None:
+    """What makes the run's folder tell its own story."""
+    run_dir = config.run.dir
+    run_dir.mkdir(parents=True, exist_ok=True)
+    described = describe_plan(config, plan) | {"optimizer": engine.optimizer_class}
+    data = read_manifest(_first_prefix(config))
+    described["data_manifest_hash"] = data.hash if data is not None else None
+    fsio.write_atomic(run_dir / "config.yaml", dump_config(config).encode())
+    fsio.write_atomic(run_dir / "versions.json", (json.dumps(identity.versions, indent=1) + "\n").encode())
+    fsio.write_atomic(run_dir / "plan.json", (json.dumps(described, indent=1) + "\n").encode())
+    log_event(run_dir, "resumed" if state.step else "started", state.step, world_size=plan.data_parallel)
+
+
+def _first_prefix(config: TrainingRun) -> Path:
+    train_data = config.data.train
+    return train_data if isinstance(train_data, Path) else train_data[0].prefix
+
+
+def _open_metrics(config: TrainingRun, resume_step: int, mesh: Mesh) -> Metrics:
+    if not mesh.is_main:
+        return Metrics([])
+    run_dir = config.run.dir
+    sinks: list[Sink] = [JsonlSink(run_dir / "metrics.jsonl", resume_step if resume_step else -1)]
+    if config.log.tensorboard:
+        sinks.append(TensorBoardSink(run_dir / "tensorboard", resume_step))
+    if config.log.wandb_project is not None:
+        sinks.append(WandbSink(config.log.wandb_project, run_dir, json.loads(config.model_dump_json())))
+    return Metrics(sinks)
+
+
+def _open_validation(config: TrainingRun, plan: BatchPlan, mesh: Mesh) -> ValidationBatches | None:
+    if config.data.val is None or not config.eval.every:
+        return None
+    return ValidationBatches(config.data.val, config.eval.sequences, plan, mesh)
+
+
+def _saver(
+    config: TrainingRun, engine: Engine, store: CheckpointStore, identity: Identity
+) -> Callable[[TrainState], None]:
+    def save(state: TrainState) -> None:
+        save_checkpoint(store, engine.mesh, engine.owned_slices(), state.to_dict(), identity)
+        if engine.mesh.is_main:
+            store.prune(config.checkpoint.keep_last, config.checkpoint.keep_every)
+
+    return save
+
+
+def _mfu_per_token_rate(config: TrainingRun, plan: BatchPlan, mesh: Mesh) -> float | None:
+    peak = config.log.peak_tflops
+    if peak is None and mesh.device.type == "cuda":
+        peak = flops.peak_tflops(torch.cuda.get_device_name(mesh.device))
+    if peak is None:
+        return None
+    return float(flops.flops_per_token(config.model, plan.seq_len)) / (peak * 1e12 * mesh.world_size)
+
+
+def _greeting(config: TrainingRun, state: TrainState, engine: Engine) -> str:
+    start = f"resuming at step {state.step}" if state.step else "starting"
+    return (
+        f"{config.run.dir}: {start}; {flops.parameter_count(config.model):,} parameters, {config.train.dtype}, "
+        f"ZeRO-{config.parallel.zero_stage} over {engine.mesh.world_size} processes ({engine.optimizer_class})"
+    )

@@ -1,0 +1,181 @@
+"""Generation against Hugging Face's, and each rule of sampling by hand."""
+
+import math
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from megagpt.checkpoint.hf import hf_state_to_model
+from megagpt.config.schema import GPT2Model, LlamaModel
+from megagpt.errors import ConfigError
+from megagpt.generate import Sampling, generate, sample
+from megagpt.model.build import build_model
+from megagpt.model.init import init_weights
+
+GPT2 = GPT2Model(family="gpt2", n_layer=2, n_head=4, d_model=32, vocab_size=67, max_seq_len=40)
+LLAMA = LlamaModel(
+    family="llama", n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, vocab_size=67, max_seq_len=40
+)
+FAMILIES = pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
+PROMPTS = [[5, 9, 2, 44, 7, 61, 3], [8], [30, 31, 32, 33], [66, 65]]
+
+
+def lively(config):
+    """Random weights large enough that greedy text does not get stuck on one token."""
+    model = build_model(config)
+    init_weights(model, 4)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def hf_twin(config):
+    """A Hugging Face model with random weights, and ours with the same."""
+    torch.manual_seed(6)
+    if config.family == "gpt2":
+        sizes = GPT2Config(vocab_size=67, n_positions=40, n_embd=32, n_layer=2, n_head=4, initializer_range=0.4)
+        theirs = GPT2LMHeadModel(sizes)
+    else:
+        sizes = LlamaConfig(
+            vocab_size=67,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=40,
+            rms_norm_eps=1e-5,
+            initializer_range=0.4,
+        )
+        theirs = LlamaForCausalLM(sizes)
+    ours = build_model(config)
+    ours.load_state_dict(hf_state_to_model(config, theirs.state_dict()))
+    return theirs.eval(), ours
+
+
+@FAMILIES
+def test_greedy_text_of_unequal_prompts_equals_hugging_faces(config):
+    theirs, ours = hf_twin(config)
+    theirs.generation_config.eos_token_id = None
+    width = max(map(len, PROMPTS))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in PROMPTS])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS])
+    expected = theirs.generate(ids, attention_mask=mask, max_new_tokens=25, do_sample=False, pad_token_id=0)
+    tokens = generate(ours, PROMPTS, 25)
+    assert tokens == expected[:, width:].tolist()
+    assert all(len(set(row)) > 4 for row in tokens)
+
+
+@FAMILIES
+def test_greedy_text_is_what_the_uncached_model_says(config):
+    model = lively(config)
+    batched = generate(model, PROMPTS, 20)
+    for prompt, new in zip(PROMPTS, batched, strict=True):
+        tokens = list(prompt)
+        for _ in range(20):
+            tokens.append(model(torch.tensor([tokens]))[0, -1].argmax().item())
+        assert tokens[len(prompt) :] == new
+
+
+def test_a_row_ends_before_a_stop_token_and_the_others_go_on():
+    model = lively(LLAMA)
+    free = generate(model, PROMPTS, 20)
+    stop = free[1][6]
+    stopped = generate(model, PROMPTS, 20, stop_ids={stop})
+    for before, after in zip(free, stopped, strict=True):
+        assert after == (before[: before.index(stop)] if stop in before else before)
+    assert len(stopped[1]) <= 6
+
+
+def test_on_token_sees_every_token_and_can_end_its_row():
+    model = lively(GPT2)
+    free = generate(model, PROMPTS, 12)
+    seen = [[] for _ in PROMPTS]
+
+    def third_ends_row_two(row, token):
+        seen[row].append(token)
+        return row == 2 and len(seen[row]) == 3
+
+    result = generate(model, PROMPTS, 12, on_token=third_ends_row_two)
+    assert result == seen
+    assert result == [free[0], free[1], free[2][:3], free[3]]
+
+
+def test_a_sampled_row_does_not_depend_on_the_batch_but_on_seed_and_row():
+    model = lively(LLAMA)
+    sampling = Sampling(temperature=1.0, seed=3)
+    both = generate(model, [PROMPTS[0], PROMPTS[0]], 15, sampling)
+    assert generate(model, [PROMPTS[0]], 15, sampling) == both[:1]
+    assert both[0] != both[1]
+    assert generate(model, [PROMPTS[0]], 15, Sampling(temperature=1.0, seed=4)) != both[:1]
+
+
+def frequencies(sampling, probabilities, draws=4000):
+    logits = torch.log(torch.tensor([probabilities])).expand(draws, -1)
+    uniforms = (torch.arange(draws) + 0.5) / draws
+    counts = torch.bincount(sample(logits, sampling, uniforms), minlength=len(probabilities))
+    return (counts / draws).tolist()
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        (Sampling(temperature=1.0), [0.1, 0.5, 0.25, 0.15]),
+        (Sampling(temperature=0.5), [p * p / 0.345 for p in (0.1, 0.5, 0.25, 0.15)]),
+        (Sampling(temperature=1.0, top_k=2), [0.0, 2 / 3, 1 / 3, 0.0]),
+        (Sampling(temperature=1.0, top_k=9), [0.1, 0.5, 0.25, 0.15]),
+        (Sampling(temperature=1.0, top_p=0.4), [0.0, 1.0, 0.0, 0.0]),
+        (Sampling(temperature=1.0, top_p=0.6), [0.0, 2 / 3, 1 / 3, 0.0]),
+        (Sampling(temperature=1.0, top_k=3, top_p=0.8), [0.0, 2 / 3, 1 / 3, 0.0]),
+        (Sampling(temperature=1.0, top_p=1.0), [0.1, 0.5, 0.25, 0.15]),
+    ],
+)
+def test_tokens_are_drawn_with_the_probabilities_worked_by_hand(sampling, expected):
+    assert frequencies(sampling, [0.1, 0.5, 0.25, 0.15]) == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_largest_uniform_never_picks_a_token_that_was_cut_off():
+    uniforms = torch.tensor([math.nextafter(1.0, 0.0)], dtype=torch.float32)  # rounds to 1.0
+    logits = torch.log(torch.tensor([[0.1, 0.5, 0.25, 0.15]]))
+    assert sample(logits, Sampling(temperature=1.0, top_p=0.6), uniforms).item() == 2
+
+
+def test_the_models_mode_is_given_back():
+    model = lively(GPT2.model_copy(update={"dropout": 0.5}))
+    assert model.training
+    assert generate(model, [[1]], 5) == generate(model, [[1]], 5)
+    assert model.training
+
+
+def test_a_prompt_may_fill_the_context_to_the_last_token():
+    model = lively(GPT2)
+    assert len(generate(model, [list(range(30))], 10)[0]) == 10
+    with pytest.raises(ConfigError, match="context of 40; shorten the prompt, or ask for at most 10 new tokens"):
+        generate(model, [[1], list(range(30))], 11)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [([[1], []], "prompt 1 is empty"), ([[67]], "prompt 0 holds token 67, but the model knows 0 to 66")],
+)
+def test_bad_prompts_are_refused(prompts, message):
+    with pytest.raises(ConfigError, match=message):
+        generate(build_model(GPT2), prompts, 3)
+
+
+def test_nothing_asked_gives_nothing():
+    model = build_model(GPT2)
+    assert generate(model, [], 5) == []
+    assert generate(model, [[1], [2]], 0) == [[], []]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"temperature": -1.0}, "temperature -1.0"), ({"top_k": 0}, "top_k 0"), ({"top_p": 0.0}, "top_p 0.0")],
+)
+def test_sampling_refuses_values_that_mean_nothing(wrong, message):
+    with pytest.raises(ConfigError, match=message):
+        Sampling(**wrong)
