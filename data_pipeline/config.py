@@ -35,7 +35,7 @@ class Source(Section):
 class LanguageSection(Section):
     """Language identification."""
 
-    keep: tuple[str, ...] = ("en",)
+    keep: Annotated[tuple[str, ...], Field(strict=False)] = ("en",)
     """ISO 639-1 codes that stay; empty keeps every language."""
     min_score: Fraction = 0.65
     """Lowest probability of the best language. Source: FineWeb."""

@@ -1,7 +1,7 @@
 """Per shard: the tokens of every document that stays, in the shard's order.
 
-    tokens.bin/.idx      one sequence a document, the end-of-text token last
-    documents.parquet    doc_id, hash_high, hash_low, text_bytes, n_tokens: what packing needs to know
+tokens.bin/.idx      one sequence a document, the end-of-text token last
+documents.parquet    doc_id, hash_high, hash_low, text_bytes, n_tokens: what packing needs to know
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from data_pipeline.dedup.clusters import read_removed
+from data_pipeline.dedup.clusters import is_removed, read_removed
 from data_pipeline.dedup.signatures import SIGNATURES_FILE
 from data_pipeline.tasks import Counts, Progress
 from megagpt.data.indexed import TokenFileWriter, token_dtype
@@ -50,7 +50,8 @@ def write_tokens(
     """
     tokenizer = open_tokenizer(tokenizer_spec)
     table = pq.read_table(signatures / SIGNATURES_FILE, columns=["doc_id", "hash_high", "hash_low", "text_bytes"])
-    stays = ~np.isin(table.column("doc_id").to_numpy(), read_removed(removed))
+    doc_ids = table.column("doc_id").to_numpy()
+    stays = ~is_removed(doc_ids, read_removed(removed))
     lengths: list[int] = []
     at = 0
     with (
@@ -59,7 +60,8 @@ def write_tokens(
     ):
         for batch in file.iter_batches(_BATCH_DOCUMENTS, columns=["doc_id", "text"]):
             keep = stays[at : at + len(batch)]
-            _check_same_documents(batch, table, at, documents)
+            if not np.array_equal(batch.column("doc_id").to_numpy(), doc_ids[at : at + len(batch)]):
+                raise DataError(f"{documents}: documents from row {at} on are not those of its signatures")
             texts = batch.column("text").filter(pa.array(keep)).to_pylist()
             for tokens in tokenizer.encode_batch(texts):
                 document = [*tokens, tokenizer.eot_id]
@@ -86,9 +88,3 @@ def length_histogram(lengths: NDArray[np.int64]) -> dict[str, int]:
     """Documents by length: the key is the smallest power of two that is at least the number of tokens."""
     powers = np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)
     return {str(1 << power): n for power, n in sorted(Counter(powers.tolist()).items())}
-
-
-def _check_same_documents(batch: pa.RecordBatch, signatures: pa.Table, at: int, documents: Path) -> None:
-    expected = signatures.column("doc_id").to_numpy()[at : at + len(batch)]
-    if not np.array_equal(batch.column("doc_id").to_numpy(), expected):
-        raise DataError(f"{documents}: documents from row {at} on are not those of its signatures")

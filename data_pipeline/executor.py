@@ -15,7 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 from rich.console import Console
@@ -35,6 +35,10 @@ class _Tally:
     def __init__(self, context: Any) -> None:
         self.done = context.Array("q", 2)
 
+    def reset(self) -> None:
+        with self.done.get_lock():
+            self.done[:] = [0, 0]
+
     def add(self, n_bytes: int, n_documents: int) -> None:
         with self.done.get_lock():
             self.done[0] += n_bytes
@@ -47,22 +51,55 @@ class _WorkerState:
     tally: _Tally | None = None
 
 
-def run_tasks(tasks: Sequence[Task], job_folder: Path, workers: int, commit: Commit, console: Console | None) -> None:
-    """Run the tasks, any order, `workers` at a time; `commit` is called here, in this process, for each one done.
+class LocalExecutor:
+    """Worker processes of this machine, started when first needed and kept for all stages; a context manager."""
 
-    One task, or one worker, runs in this process: the same functions, the same bytes.
+    def __init__(self, workers: int, console: Console | None = None) -> None:
+        self._workers = workers
+        self._console = console
+        self._context = multiprocessing.get_context("spawn")
+        self._tally = _Tally(self._context)
+        self._pool: ProcessPoolExecutor | None = None
 
-    Raises:
-        DataError: a task failed on its input, or its worker was killed; names the shard.
-    """
-    context = multiprocessing.get_context("spawn")
-    tally = _Tally(context)
-    with _progress_bar(tasks, tally, console):
-        if workers == 1 or len(tasks) == 1:
-            for task in tasks:
-                commit(task, _run_here(task, job_folder, tally))
-        else:
-            _run_in_pool(tasks, job_folder, min(workers, len(tasks)), commit, tally)
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def run(self, tasks: Sequence[Task], job_folder: Path, commit: Commit) -> None:
+        """Run the tasks of one stage, any order; `commit` is called here, in this process, for each one done.
+
+        One task, or one worker, runs in this process: the same functions, the same bytes.
+
+        Raises:
+            DataError: a task failed on its input, or its worker was killed; names the shard.
+        """
+        self._tally.reset()
+        with _progress_bar(tasks, self._tally, self._console):
+            if self._workers == 1 or len(tasks) == 1:
+                for task in tasks:
+                    commit(task, _run_here(task, job_folder, self._tally))
+            else:
+                self._run_in_pool(tasks, job_folder, commit)
+
+    def _run_in_pool(self, tasks: Sequence[Task], job_folder: Path, commit: Commit) -> None:
+        if self._pool is None:
+            self._pool = ProcessPoolExecutor(
+                self._workers, self._context, initializer=_start_worker, initargs=(self._tally,)
+            )
+        running: dict[Future[Finished], Task] = {}
+        waiting = iter(tasks)
+        while True:
+            # No more than the workers can start now: when one dies, the suspects are these and no others.
+            while len(running) < self._workers and (task := next(waiting, None)) is not None:
+                running[self._pool.submit(_work, task, job_folder)] = task
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                commit(running[future], _result(future, running))
+                del running[future]
 
 
 def _run_here(task: Task, job_folder: Path, tally: _Tally) -> Finished:
@@ -70,25 +107,6 @@ def _run_here(task: Task, job_folder: Path, tally: _Tally) -> Finished:
         return execute(task, job_folder, tally.add)
     except (MegaGPTError, OSError, pa.ArrowException) as error:
         raise _named(task, error) from error
-
-
-def _run_in_pool(tasks: Sequence[Task], job_folder: Path, workers: int, commit: Commit, tally: _Tally) -> None:
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(tally,)) as pool:
-        running: dict[Future[Finished], Task] = {}
-        waiting = iter(tasks)
-        try:
-            while True:
-                # No more than the workers can start now: when one dies, the suspects are these and no others.
-                while len(running) < workers and (task := next(waiting, None)) is not None:
-                    running[pool.submit(_work, task, job_folder)] = task
-                if not running:
-                    return
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    commit(running[future], _result(future, running))
-                    del running[future]
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _result(future: Future[Finished], running: dict[Future[Finished], Task]) -> Finished:
@@ -135,7 +153,7 @@ def _work(task: Task, job_folder: Path) -> Finished:
 
 @contextmanager
 def _progress_bar(tasks: Sequence[Task], tally: _Tally, console: Console | None) -> Iterator[None]:
-    """A line with bytes, documents, elapsed and remaining time; without a console, nothing."""
+    """A line with bytes, documents, elapsed and remaining time, on a terminal; elsewhere nothing."""
     if console is None:
         yield
         return
@@ -149,7 +167,7 @@ def _progress_bar(tasks: Sequence[Task], tally: _Tally, console: Console | None)
         TimeRemainingColumn(),
     )
     stop = threading.Event()
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         line = bar.add_task(tasks[0].stage, total=total_bytes or None, amount="")
         thread = threading.Thread(target=_refresh, args=(bar, line, tally, stop), daemon=True)
         thread.start()

@@ -58,9 +58,7 @@ def list_without_building(job: DataJob) -> tuple[list[PlannedShard], list[Source
     return _with_hashes(job, pairs, remember=False), unbuilt
 
 
-def _with_hashes(
-    job: DataJob, pairs: Iterable[tuple[Shard, Source]], *, remember: bool = True
-) -> list[PlannedShard]:
+def _with_hashes(job: DataJob, pairs: Iterable[tuple[Shard, Source]], *, remember: bool = True) -> list[PlannedShard]:
     path = job.out / STAGES_FOLDER / _HASHES_FILE
     known = _read(path)
     now: dict[str, list[str]] = {}

@@ -43,8 +43,8 @@ def map_shard(
         progress: called now and then with the bytes of the file read since the last call.
 
     Returns:
-        Counts with records = kept + the sum of rejected. A damaged line or row is one rejected record; how many records a
-        damaged stretch of bytes held nobody can know, so it is counted as damage only.
+        Counts with records = kept + the sum of rejected. A damaged line or row is one rejected record; how many
+        records a damaged stretch of bytes held nobody can know, so it is counted as damage only.
 
     Raises:
         DataError: the shard cannot be opened, lacks its text column, or there is no language model.

@@ -18,9 +18,7 @@ DOCUMENTS_FILE = "docs.parquet"
 REJECTS_FILE = "rejects.parquet"
 
 
-def map_documents(
-    folder: Path, shard: Shard, source: Source, job: DataJob, progress: Progress | None = None
-) -> Counts:
+def map_documents(folder: Path, shard: Shard, source: Source, job: DataJob, progress: Progress | None = None) -> Counts:
     """Map one shard into `folder`.
 
     Raises:

@@ -51,9 +51,7 @@ def shuffled(doc_ids: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
     return np.lexsort((doc_ids, keys))
 
 
-def in_validation(
-    hash_high: UInt64Array, hash_low: UInt64Array, seed: int, val_fraction: float
-) -> NDArray[np.bool_]:
+def in_validation(hash_high: UInt64Array, hash_low: UInt64Array, seed: int, val_fraction: float) -> NDArray[np.bool_]:
     """Which documents are validation, by the content hash of each."""
     keys = mix64(hash_low ^ mix64(hash_high ^ _salt(seed, _SPLIT_SALT)))
     # The upper 53 bits as a fraction of 1, exactly.
@@ -179,13 +177,17 @@ def _describe_split(
 ) -> dict[str, Any]:
     """Documents, tokens and text bytes of a split, whole and by source."""
     by_source: dict[str, dict[str, int]] = {}
-    shard_of = table.shard[chosen]
+    by_shard = {name: np.zeros(len(sources), np.int64) for name in ("documents", "tokens", "text_bytes")}
+    for name, amounts in (
+        ("documents", 1),
+        ("tokens", table.n_tokens[chosen]),
+        ("text_bytes", table.text_bytes[chosen]),
+    ):
+        np.add.at(by_shard[name], table.shard[chosen], amounts)
     for shard, source in enumerate(sources):
-        rows = chosen[shard_of == shard]
-        values = by_source.setdefault(source, {"documents": 0, "tokens": 0, "text_bytes": 0})
-        values["documents"] += len(rows)
-        values["tokens"] += int(table.n_tokens[rows].sum())
-        values["text_bytes"] += int(table.text_bytes[rows].sum())
+        values = by_source.setdefault(source, dict.fromkeys(by_shard, 0))
+        for name, amounts_of in by_shard.items():
+            values[name] += int(amounts_of[shard])
     return {
         "documents": len(chosen),
         "tokens": n_tokens,

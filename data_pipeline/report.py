@@ -44,7 +44,7 @@ def write_report(out: Path) -> Path:
         "report": report,
         "warnings": warnings_of(report),
         "funnel": bars(dict(funnel(report))),
-        "steps": [(label, source_funnel(report, label)) for label, _ in funnel(report)],
+        "steps": [(label, left, source_funnel(report, label)) for label, left in funnel(report)],
         "rejected": bars(report["rejected"]),
         "failed_rules": bars(report["failed_rules"]),
         "languages": bars(dict(list(report["languages"].items())[:20])),
@@ -111,7 +111,9 @@ def status(out: Path) -> str:
     """
     stages_folder = out / STAGES_FOLDER
     if not stages_folder.is_dir():
-        raise DataError(f"{out}: no data job here; `megagpt data run CONFIG` makes one in the folder `out` of its config")
+        raise DataError(
+            f"{out}: no data job here; `megagpt data run CONFIG` makes one in the folder `out` of its config"
+        )
     records = {stage: _records_of(stages_folder / stage) for stage in STAGES}
     expected = {**dict.fromkeys(("map", "signatures", "encode"), _planned_shards(out))}
     lines = [str(out)]

@@ -1,9 +1,9 @@
 """`megagpt data run`: lock the job's folder, do what is not done, report.
 
-    <out>/stages/             records and outputs of every task but the last ones
-    <out>/tokenizer/          the tokenizer
-    <out>/NAME_*.bin/.idx     the token files, with manifest.json
-    <out>/report.json, report.md, report.html
+<out>/stages/             records and outputs of every task but the last ones
+<out>/tokenizer/          the tokenizer
+<out>/NAME_*.bin/.idx     the token files, with manifest.json
+<out>/report.json, report.md, report.html
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from data_pipeline.config import DataJob
-from data_pipeline.executor import run_tasks
+from data_pipeline.executor import LocalExecutor
 from data_pipeline.job_sources import list_without_building, plan_shards
 from data_pipeline.report import HTML_FILE, MARKDOWN_FILE, write_report
 from data_pipeline.stages import STAGES, Records, run_stages
@@ -84,11 +84,14 @@ def run_job(job: DataJob, console: Console | None = None) -> JobSummary:
     with _locked(job.out):
         shutil.rmtree(job.out / SCRATCH_FOLDER, ignore_errors=True)
         write_file(job.out / JOB_FILE, dump_config(job).encode())
+        if console is not None:
+            console.print("sources    listing, building what is built here, hashing", highlight=False)
         shards = plan_shards(job)
         plan = {"shards": len(shards), "shard_bytes": sum(planned.shard.size_bytes for planned in shards)}
         write_file(job.out / PLAN_FILE, json.dumps(plan).encode())
-        resolver = _Resolver(job, console)
-        records = run_stages(job, shards, resolver)
+        with LocalExecutor(job.workers, console) as executor:
+            resolver = _Resolver(job, executor, console)
+            records = run_stages(job, shards, resolver)
         shutil.rmtree(job.out / SCRATCH_FOLDER, ignore_errors=True)
         return _conclude(job, records, resolver, started)
 
@@ -96,8 +99,9 @@ def run_job(job: DataJob, console: Console | None = None) -> JobSummary:
 class _Resolver:
     """Reuses the tasks whose records stand for them, runs the others."""
 
-    def __init__(self, job: DataJob, console: Console | None) -> None:
+    def __init__(self, job: DataJob, executor: LocalExecutor, console: Console | None) -> None:
         self.job = job
+        self.executor = executor
         self.console = console
         self.ran: Counter[str] = Counter()
         self.reused: Counter[str] = Counter()
@@ -126,7 +130,7 @@ class _Resolver:
         def keep(task: Task, finished: Finished) -> None:
             done[task.partition] = commit(task, finished, self.job.out, _describing_files(task, self.job))
 
-        run_tasks(pending, self.job.out, self.job.workers, keep, self.console)
+        self.executor.run(pending, self.job.out, keep)
 
     def _announce(self, stage: str, n_reused: int, reasons: Counter[str]) -> None:
         self.reused[stage] += n_reused
@@ -153,13 +157,14 @@ class _Resolver:
 def plan_job(job: DataJob) -> str:
     """What a run would do, without doing it: shards, stages, what would be reused.
 
+    Nothing is written, but that Python documentation which was built before is looked after as in a run.
+
     Raises:
         DataError: a source has no files.
     """
     shards, unbuilt = list_without_building(job)
     lines = [f"{job.out}: {len(job.sources)} source(s), {job.workers} worker(s)", ""]
-    built = all((job.out / "sources").is_dir() for _ in unbuilt)
-    if unbuilt and built:
+    if unbuilt and (job.out / "sources").is_dir():
         shards, unbuilt = plan_shards(job), []
     lines += [
         f"  {planned.shard.ordinal:06d}  {planned.shard.kind:<8} {planned.shard.size_bytes:>15,} bytes  "
@@ -170,10 +175,8 @@ def plan_job(job: DataJob) -> str:
     lines += [f"  {sum(planned.shard.size_bytes for planned in shards):,} bytes in {len(shards)} shard(s)", ""]
     peek = _Peek(job)
     if not unbuilt:
-        try:
+        with suppress(_StopPlanning):
             run_stages(job, shards, peek)
-        except _StopPlanning:
-            pass
     for stage in STAGES:
         n_reused, n_tasks, reason = peek.seen.get(stage, (0, 0, "depends on the stages before it"))
         known = f"{n_reused} of {n_tasks} task(s) reused" if n_tasks else "will run" if reason else "no tasks"
@@ -255,7 +258,5 @@ def _locked(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise DataError(
-                f"{out}: another data job is writing here; wait for it, or set another `out`"
-            ) from None
+            raise DataError(f"{out}: another data job is writing here; wait for it, or set another `out`") from None
         yield

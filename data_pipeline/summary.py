@@ -55,7 +55,7 @@ def summarise(
             "text_bytes_per_cpu_second": round(text_bytes_in / cpu_seconds) if cpu_seconds > 0 else 0,
         },
         "sources": _sources(job, records),
-        "rejected": total(maps).rejected,
+        "rejected": _sum(record.counts.rejected for record in maps),
         "failed_rules": _sum(record.counts.detail["failed_rules"] for record in maps),
         "thresholds": maps[0].counts.detail["thresholds"],
         "examples": _examples(job.out, maps),
@@ -82,10 +82,10 @@ def warnings_of(report: Mapping[str, Any]) -> list[str]:
             f"the tokenizer has {tokenizer['vocab_size']} tokens instead of {asked}: {tokenizer['sample_bytes']} bytes "
             "of text hold no more pairs to merge; add text or lower tokenizer.vocab_size"
         )
-    if report["damage"]["count"]:
+    damage = report["damage"]
+    if damage["count"]:
         warnings.append(
-            f"{report['damage']['count']} damaged place(s) in the sources, {report['damage']['bytes_lost']} bytes lost; "
-            "the report lists them"
+            f"{damage['count']} damaged place(s) in the sources, {damage['bytes_lost']} bytes lost: see the report"
         )
     if report["splits"]["val"]["documents"] < _FEW_VAL_DOCUMENTS:
         warnings.append(
@@ -148,10 +148,10 @@ def _sources(job: DataJob, records: Records) -> dict[str, dict[str, Any]]:
     removed = pq.read_table(records["clusters"][0].path(job.out, REMOVED_FILE), columns=["doc_id", "reason"])
     shard_of = removed.column("doc_id").to_numpy() >> 32
     reasons = removed.column("reason").to_numpy(zero_copy_only=False)
-    for ordinal in np.unique(shard_of):
-        for reason in (REASON_EXACT, REASON_NEAR):
-            number = int(((shard_of == ordinal) & (reasons == reason)).sum())
-            sources[name_of_shard[int(ordinal)]][reason] += number
+    for reason in (REASON_EXACT, REASON_NEAR):
+        ordinals, numbers = np.unique(shard_of[reasons == reason], return_counts=True)
+        for ordinal, number in zip(ordinals.tolist(), numbers.tolist(), strict=True):
+            sources[name_of_shard[ordinal]][reason] += number
     for split, values in records["pack"][0].counts.detail.items():
         for name, part in values["sources"].items():
             sources[name]["packed"] += part["documents"]

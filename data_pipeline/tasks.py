@@ -130,7 +130,7 @@ def hash_json(value: Any) -> str:
 def code_fingerprint(files: tuple[str, ...], versions: tuple[str, ...] = ()) -> str:
     """A hash over source files (or all *.py of folders) of data_pipeline, and over versions of libraries.
 
-    An edited comment changes it too: to do a stage again needlessly is cheap, to mix the outputs of two versions is not.
+    An edited comment changes it too: to do a stage again needlessly is cheap, to mix two versions' outputs is not.
     """
     package = Path(__file__).parent
     digest = xxhash.xxh3_128()

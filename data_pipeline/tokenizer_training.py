@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from data_pipeline.config import TokenizerSection
-from data_pipeline.dedup.clusters import read_removed
+from data_pipeline.dedup.clusters import is_removed, read_removed
 from data_pipeline.dedup.minhash import mix64
 from data_pipeline.tasks import Counts, Progress
 from megagpt.errors import DataError
@@ -122,7 +122,7 @@ class _Sample:
             with pq.ParquetFile(path) as file:
                 for batch in file.iter_batches(_BATCH_DOCUMENTS, columns=["doc_id", "text"]):
                     doc_ids = batch.column("doc_id").to_numpy()
-                    drawn = in_sample(doc_ids, self._share) & ~np.isin(doc_ids, self._removed)
+                    drawn = in_sample(doc_ids, self._share) & ~is_removed(doc_ids, self._removed)
                     texts = batch.column("text")
                     for i in np.flatnonzero(drawn).tolist():
                         text = texts[i].as_py()

@@ -34,6 +34,10 @@ Request = tuple[Any, list[int], list[int]]
 """lm-eval's (strings, context tokens, continuation tokens)."""
 
 
+class UnscorableError(EvalError):
+    """A request that this model cannot answer at any batch size, such as one longer than its context."""
+
+
 @dataclass(frozen=True, slots=True)
 class Continuation:
     """The last `n_scored` predictions of one input."""
@@ -58,7 +62,7 @@ class MegaGPTLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         max_seq_len: int,
         device: str | torch.device = "cpu",
         batch_size: int = 16,
-        on_progress: Callable[[int], None] | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Wrap a model that is in evaluation mode and on `device`.
 
@@ -68,7 +72,7 @@ class MegaGPTLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             max_seq_len: longest input, in tokens.
             device: where the model is.
             batch_size: sequences a forward pass.
-            on_progress: told the number of requests answered since it was last told.
+            on_progress: told how many requests of the present kind are answered, and of how many.
 
         Raises:
             EvalError: the batch is empty or the tokenizer has more tokens than the model.
@@ -88,7 +92,8 @@ class MegaGPTLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         self.truncated: dict[str, set[int]] = {}
         """Task -> documents whose prompt lost its beginning in at least one request."""
         self._device = torch.device(device)
-        self._on_progress = on_progress or (lambda _: None)
+        self._on_progress = on_progress or (lambda _done, _total: None)
+        self._done = self._total = 0
 
     @property
     def eot_token_id(self) -> int:
@@ -105,6 +110,7 @@ class MegaGPTLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         disable_tqdm: bool = True,  # noqa: ARG002, FBT001, FBT002 - lm-eval's signature
     ) -> list[tuple[float, bool]]:
         """(sum of log-probabilities in nats, is it the greedy continuation) of each continuation."""
+        self._begin(len(requests))
         encoded = [(request.args, *self._encode_request(*request.args)) for request in requests]
         for request, (_, context, continuation) in zip(requests, encoded, strict=True):
             if len(context) + len(continuation) > self.max_length + 1:
@@ -117,6 +123,7 @@ class MegaGPTLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         disable_tqdm: bool = True,  # noqa: ARG002, FBT001, FBT002 - lm-eval's signature
     ) -> list[float]:
         """Log-probability of each whole text, in nats; every token is predicted once, none is cut."""
+        self._begin(len(requests))
         windows: list[Request] = []
         owners: list[int] = []
         for index, request in enumerate(requests):
@@ -130,7 +137,7 @@ class MegaGPTLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         totals = [0.0] * len(requests)
         for owner, (log_probability, _) in zip(owners, self._score_all(windows), strict=True):
             totals[owner] += log_probability
-        self._on_progress(len(requests))
+        self._advance(len(requests))
         return totals
 
     def generate_until(
@@ -141,8 +148,9 @@ class MegaGPTLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         """Continue each prompt until a stop string, the end of text, or `max_gen_toks` tokens.
 
         Raises:
-            EvalError: a task asks for as many new tokens as the model's context holds.
+            UnscorableError: a task asks for as many new tokens as the model's context holds.
         """
+        self._begin(len(requests))
         by_settings: dict[GenerationSettings, list[tuple[int, list[int]]]] = {}
         for index, request in enumerate(requests):
             context, arguments = request.args
@@ -157,11 +165,9 @@ class MegaGPTLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             # Longest first: what runs out of memory does so at once. Similar lengths share a batch.
             prompts.sort(key=lambda prompt: (-len(prompt[1]), prompt[1]))
             for number, batch in enumerate(_chunks(prompts, self.batch_size)):
-                found = generate_texts(
-                    self.model, self.tokenizer, [tokens for _, tokens in batch], settings, number
-                )
+                found = generate_texts(self.model, self.tokenizer, [tokens for _, tokens in batch], settings, number)
                 texts.update(zip((index for index, _ in batch), found, strict=True))
-                self._on_progress(len(batch))
+                self._advance(len(batch))
         return [texts[index] for index in range(len(requests))]
 
     def _encode_request(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -178,17 +184,24 @@ class MegaGPTLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         known = dict(normalize_gen_kwargs(arguments, DEFAULT_MAX_GEN_TOKS))
         settings = GenerationSettings.from_lm_eval(known, task=str(request.task_name))
         if settings.max_new_tokens >= self.max_length:
-            raise EvalError(
+            raise UnscorableError(
                 f"task {request.task_name} generates {settings.max_new_tokens} tokens, but the model's context is "
                 f"{self.max_length}: no room is left for the prompt"
             )
         return settings
 
+    def _begin(self, total: int) -> None:
+        self._done, self._total = 0, total
+
+    def _advance(self, n: int) -> None:
+        self._done += n
+        self._on_progress(self._done, self._total)
+
     def _count_truncated(self, request: Instance) -> None:
         self.truncated.setdefault(str(request.task_name), set()).add(int(request.doc_id or 0))
 
     def _loglikelihood_tokens(self, requests: Sequence[Request], **_: Any) -> list[tuple[float, bool]]:
-        return self._score_all(requests, self._on_progress)
+        return self._score_all(requests, self._advance)
 
     def _score_all(
         self, requests: Sequence[Request], on_progress: Callable[[int], None] | None = None
@@ -212,12 +225,12 @@ class MegaGPTLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     def _fit(self, context: list[int], continuation: list[int]) -> Continuation:
         """The input and what is scored of it; what does not fit is cut from the left of the context."""
         if not context or not continuation:
-            raise EvalError(
+            raise UnscorableError(
                 f"a request of {len(context)} context and {len(continuation)} continuation tokens cannot be scored; "
                 "each needs at least one: the tokenizer merges the continuation into its context"
             )
         if len(continuation) > self.max_length:
-            raise EvalError(
+            raise UnscorableError(
                 f"a continuation of {len(continuation)} tokens is longer than the model's context of {self.max_length}"
             )
         tokens = (context + continuation)[-(self.max_length + 1) :]
@@ -257,7 +270,7 @@ class MegaGPTLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         """(N, C) and (N,) -> fp32 log-probabilities of the targets (N,), and whether each is the argmax (N,)."""
         rows = max(1, LOGIT_BYTES // (4 * self.model.sizes.vocab_size))
         values, greedy = [], []
-        for part, target in zip(hidden.split(rows), targets.split(rows), strict=True):
+        for part, target in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):
             logits = self.model.head(part).float()
             values.append(logits.log_softmax(dim=-1).gather(1, target[:, None])[:, 0])
             greedy.append(logits.argmax(dim=-1) == target)

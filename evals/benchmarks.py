@@ -65,7 +65,9 @@ def _arc_row(item: dict[str, str], row_id: str, path: Path) -> dict[str, Any]:
     head, found, names = item["instruction"].rpartition(tail)
     question, has_choices, choices_text = head.removeprefix(intro).rpartition("\n\nAnswer1: ")
     if not found or not has_choices or not head.startswith(intro):
-        raise EvalError(f"{path}: {row_id}: instruction is not of the form '{intro}... Answer1: ... Answer format: ...'")
+        raise EvalError(
+            f"{path}: {row_id}: instruction is not of the form '{intro}... Answer1: ... Answer format: ...'"
+        )
     n_choices = len(names.split("/"))
     texts = []
     rest = choices_text

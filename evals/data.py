@@ -137,19 +137,25 @@ def locate(hub_id: str, data_dir: Path, cache_dir: Path) -> Path | None:
     """
     if not data_dir.is_dir():
         raise EvalError(f"{data_dir}: no such folder of benchmark data")
+    wanted = [benchmark for benchmark in BENCHMARKS.values() if benchmark.hub_id == hub_id]
     direct = data_dir / hub_id
     if direct.is_dir():
+        if (data_dir / PREPARED).is_file():
+            _check_not_refused([_read_prepared(data_dir).benchmarks[benchmark.name] for benchmark in wanted])
         return direct.resolve()
-    wanted = [benchmark for benchmark in BENCHMARKS.values() if benchmark.hub_id == hub_id]
     if not any((data_dir / benchmark.folder).is_dir() for benchmark in wanted):
         return None
     prepared_dir = cache_dir / "prepared" / hashlib.sha256(str(data_dir.resolve()).encode()).hexdigest()[:16]
     benchmarks = _prepared_before(data_dir, prepared_dir) or prepare(data_dir, prepared_dir).benchmarks
     found = [benchmarks[benchmark.name] for benchmark in wanted]
+    _check_not_refused(found)
+    return (prepared_dir / hub_id).resolve() if any(benchmark.status == "ok" for benchmark in found) else None
+
+
+def _check_not_refused(found: list[PreparedBenchmark]) -> None:
     refused = [benchmark.reason for benchmark in found if benchmark.status == "refused"]
     if refused:
         raise EvalError("; ".join(refused))
-    return (prepared_dir / hub_id).resolve() if any(benchmark.status == "ok" for benchmark in found) else None
 
 
 def data_hash(folder: Path, configs: set[str]) -> str:
@@ -195,33 +201,27 @@ def _read_one(folder: Path, benchmark: Benchmark) -> tuple[PreparedBenchmark, Co
     if rows != benchmark.rows:
         reason = f"{folder}: {_say(rows)}, expected {_say(benchmark.rows)}: a part of a benchmark is not that benchmark"
         return PreparedBenchmark(name, hub_id, "refused", reason, rows, hashes, checksum), None
-    complete = PreparedBenchmark(
-        name, hub_id, "ok", "", rows, hashes, checksum, absent_splits=benchmark.absent_splits
-    )
+    complete = PreparedBenchmark(name, hub_id, "ok", "", rows, hashes, checksum, absent_splits=benchmark.absent_splits)
     return complete, configs
 
 
 def _prepared_before(source: Path, out: Path) -> dict[str, PreparedBenchmark] | None:
-    """What an earlier call wrote, where its sources are still the same files."""
+    """What an earlier call wrote, where neither its sources nor its files have changed."""
     if not (out / PREPARED).is_file():
         return None
     benchmarks = _read_prepared(out).benchmarks
-    if set(benchmarks) != set(BENCHMARKS):
-        return None
-    for name, benchmark in BENCHMARKS.items():
-        folder = source / benchmark.folder
-        present = all(any(folder.glob(pattern)) for pattern in benchmark.files)
-        now = _source_hashes(folder, benchmark) if present else {}
-        if now != benchmarks[name].source_sha256 or benchmarks[name].checksum == "":
-            if present or benchmarks[name].status != "missing":
-                return None
-        if benchmarks[name].status == "refused" and benchmarks[name].reason.startswith(str(out)):
-            return None
-    return benchmarks
+    before = {name: found.source_sha256 for name, found in benchmarks.items()}
+    now = {name: _source_hashes(source / benchmark.folder, benchmark) for name, benchmark in BENCHMARKS.items()}
+    is_damaged = any(_damaged(out, found) for found in benchmarks.values())
+    return None if before != now or is_damaged else benchmarks
 
 
 def _read_prepared(folder: Path) -> PreparedReport:
-    """The record of `prepare`, each written file compared with its hash."""
+    """The record of `prepare`, each written file compared with its hash.
+
+    Raises:
+        EvalError: the record cannot be read.
+    """
     path = folder / PREPARED
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -230,7 +230,7 @@ def _read_prepared(folder: Path) -> PreparedReport:
         raise EvalError(f"{path}: not what `prepare` writes ({error}); prepare the folder again") from None
     checked = {}
     for name, found in benchmarks.items():
-        damaged = [file for file, digest in found.written_sha256.items() if _sha256_or_none(folder / file) != digest]
+        damaged = _damaged(folder, found)
         reason = f"{folder}: {', '.join(damaged)} is missing or not what was written; prepare the folder again"
         checked[name] = (
             PreparedBenchmark(**{**_fields(found), "status": "refused", "reason": reason}) if damaged else found
@@ -238,12 +238,24 @@ def _read_prepared(folder: Path) -> PreparedReport:
     return PreparedReport(folder, checked)
 
 
+def _damaged(folder: Path, found: PreparedBenchmark) -> list[str]:
+    return [
+        file
+        for file, digest in found.written_sha256.items()
+        if not (folder / file).is_file() or _sha256([folder / file]) != digest
+    ]
+
+
 def _fields(found: PreparedBenchmark) -> dict[str, Any]:
     return {name: getattr(found, name) for name in found.__dataclass_fields__}
 
 
 def _source_hashes(folder: Path, benchmark: Benchmark) -> dict[str, str]:
-    files = [path for pattern in benchmark.files for path in sorted(folder.glob(pattern))]
+    """Hashes of a complete set of source files; empty where one is missing."""
+    found = [sorted(folder.glob(pattern)) for pattern in benchmark.files]
+    files = [path for paths in found for path in paths]
+    if not all(found):
+        return {}
     if "*" in benchmark.sha256:
         return {"*": _sha256(files)}
     return {path.name: _sha256([path]) for path in files}
@@ -254,10 +266,6 @@ def _sha256(paths: list[Path]) -> str:
     for path in paths:
         digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-def _sha256_or_none(path: Path) -> str | None:
-    return _sha256([path]) if path.is_file() else None
 
 
 def _count(configs: Configs) -> dict[str, int]:

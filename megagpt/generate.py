@@ -9,12 +9,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from megagpt.checkpoint.open import open_checkpoint
 from megagpt.errors import ConfigError
 from megagpt.model.decoder import Decoder
+from megagpt.tokenizer import Tokenizer
 
 OnToken = Callable[[int, int], bool | None]
 """Called with (row, token) as soon as a token is known; True ends that row after it."""
@@ -80,6 +83,41 @@ def generate(
     finally:
         model.train(was_training)
     return results
+
+
+def generate_text(
+    *,
+    checkpoint: Path,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+) -> list[str]:
+    """Continue texts with the model and the tokenizer of a checkpoint; what `megagpt generate` runs.
+
+    Returns:
+        Each prompt with what follows it.
+    """
+    opened = open_checkpoint(checkpoint)
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    return continue_texts(opened.load_model(device=device), opened.tokenizer(), prompts, max_new_tokens, sampling)
+
+
+def continue_texts(
+    model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: int, sampling: Sampling | None = None
+) -> list[str]:
+    """Each prompt with what follows it, up to the end of the text or `max_new_tokens`.
+
+    An empty prompt starts behind the end-of-text token, where every document of the training data starts. Rows of
+    the model's vocabulary that the tokenizer does not know (padding) have no text.
+    """
+    ids = [tokenizer.encode(prompt) or [tokenizer.eot_id] for prompt in prompts]
+    continued = generate(model, ids, max_new_tokens, sampling, stop_ids=(tokenizer.eot_id,))
+    known = [[token for token in tokens if token < tokenizer.vocab_size] for tokens in continued]
+    return [prompt + tokenizer.decode(tokens) for prompt, tokens in zip(prompts, known, strict=True)]
 
 
 def _decode(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +26,8 @@ The first one that a tokenizer has counts."""
 
 HF_FILE = "tokenizer.json"
 TIKTOKEN_FILE = "tiktoken.json"
+SAVED_FOLDER = "tokenizer"
+"""Where a data job saves its tokenizer, beside manifest.json."""
 
 
 class Tokenizer(Protocol):
@@ -92,6 +94,36 @@ def open_tokenizer(spec: str | Path) -> Tokenizer:
     if isinstance(content, dict) and content.get("kind") == "tiktoken":
         return TiktokenTokenizer(_parse_tiktoken(path, content))
     return HFTokenizer(text, path)
+
+
+def open_recorded_tokenizer(folder: Path, described: Mapping[str, Any]) -> Tokenizer:
+    """Open the tokenizer that token files in `folder` were made with.
+
+    It is looked for in folder/tokenizer, then in the folder itself; a tiktoken encoding that is in neither is
+    loaded by its name.
+
+    Args:
+        folder: of the token files and their manifest.json.
+        described: what the manifest says of the tokenizer, made by `Tokenizer.describe`.
+
+    Raises:
+        DataError: it is not there, or it is another one than the manifest describes.
+    """
+    name = TIKTOKEN_FILE if described.get("kind") == "tiktoken" else str(described.get("file", HF_FILE))
+    places = [folder / SAVED_FOLDER / name, folder / name]
+    saved = next((path for path in places if path.is_file()), None)
+    if saved is None and described.get("kind") != "tiktoken":
+        raise DataError(
+            f"{folder}: the manifest names a tokenizer, but neither {SAVED_FOLDER}/{name} nor {name} is there; "
+            "copy it beside the token files, or name it with data.tokenizer"
+        )
+    tokenizer = open_tokenizer(saved or str(described.get("name")))
+    if tokenizer.fingerprint != described.get("fingerprint"):
+        raise DataError(
+            f"{saved or described.get('name')}: tokenizer with fingerprint {tokenizer.fingerprint}, but the manifest "
+            f"in {folder} says that the tokens were made with {described.get('fingerprint')}"
+        )
+    return tokenizer
 
 
 class TiktokenTokenizer:
@@ -225,7 +257,7 @@ class HFTokenizer:
         return text
 
     def describe(self) -> dict[str, Any]:
-        """What a manifest says about it; `file` is the name that `save` gives it, beside the manifest."""
+        """What a manifest says about it; `file` is the name that `save` gives it."""
         return {"kind": "hf", "file": HF_FILE, **_facts(self)}
 
     def save(self, folder: Path) -> Path:
@@ -239,8 +271,7 @@ class HFTokenizer:
             if self._eot_id in self.encode(text):
                 raise DataError(
                     f"{path}: the text {text!r} is encoded with the separator's own id {self._eot_id}, so a "
-                    "document "
-                    f'that mentions {name} would be cut in two; mark the added token as "special": true'
+                    f'document that mentions {name} would be cut in two; mark the added token as "special": true'
                 )
 
 
@@ -260,10 +291,8 @@ def _load_tiktoken(name: str) -> Any:
     except (OSError, ValueError) as error:  # no network (requests' errors are OSErrors), or a damaged file
         raise DataError(
             f"tiktoken cannot load '{name}': {error}. Without a network, set TIKTOKEN_CACHE_DIR to a folder "
-            "that "
-            "holds its files under the names that tiktoken gives them, for example one that tiktoken filled "
-            "on another "
-            f"machine; or name a folder with a {TIKTOKEN_FILE} that was saved there"
+            "that holds its files under the names that tiktoken gives them, for example one that tiktoken "
+            f"filled on another machine; or name a folder with a {TIKTOKEN_FILE} that was saved there"
         ) from None
 
 
@@ -301,16 +330,14 @@ def _check_unicode(text: str) -> None:
     except UnicodeEncodeError as error:
         raise DataError(
             f"text holds {text[error.start]!r} at character {error.start}: half of a surrogate pair is no "
-            "character; "
-            "replace it before encoding"
+            "character; replace it before encoding"
         ) from None
 
 
 def _no_eot(where: str, specials: Sequence[str]) -> str:
     return (
         f"{where}: has no end-of-text token to separate documents; one of {', '.join(EOT_TOKENS)} is "
-        "accepted, "
-        f"its special tokens are {', '.join(specials) or 'none'}"
+        f"accepted, its special tokens are {', '.join(specials) or 'none'}"
     )
 
 

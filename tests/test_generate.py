@@ -4,19 +4,19 @@ import math
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from megagpt.checkpoint.hf import hf_state_to_model
 from megagpt.config.schema import GPT2Model, LlamaModel
 from megagpt.errors import ConfigError
-from megagpt.generate import Sampling, generate, sample
+from megagpt.generate import Sampling, continue_texts, generate, sample
 from megagpt.model.build import build_model
 from megagpt.model.init import init_weights
+from megagpt.tokenizer import open_tokenizer
 
 GPT2 = GPT2Model(family="gpt2", n_layer=2, n_head=4, d_model=32, vocab_size=67, max_seq_len=40)
-LLAMA = LlamaModel(
-    family="llama", n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, vocab_size=67, max_seq_len=40
-)
+LLAMA = LlamaModel(family="llama", n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, vocab_size=67, max_seq_len=40)
 FAMILIES = pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
 PROMPTS = [[5, 9, 2, 44, 7, 61, 3], [8], [30, 31, 32, 33], [66, 65]]
 
@@ -179,3 +179,21 @@ def test_nothing_asked_gives_nothing():
 def test_sampling_refuses_values_that_mean_nothing(wrong, message):
     with pytest.raises(ConfigError, match=message):
         Sampling(**wrong)
+
+
+def test_texts_are_continued_up_to_the_end_of_text_token(tmp_path):
+    letters = {chr(97 + i): i for i in range(26)}
+    bpe = Tokenizer(models.BPE(letters, []))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens(["<|endoftext|>"])
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = open_tokenizer(tmp_path / "tokenizer.json")
+    model = lively(LLAMA.model_copy(update={"vocab_size": 27}))
+
+    texts = continue_texts(model, tokenizer, ["hi", "there", ""], 10)
+
+    expected = generate(model, [[7, 8], [19, 7, 4, 17, 4], [26]], 10, stop_ids={26})
+    letters_of = ["".join(chr(97 + token) for token in row) for row in expected]
+    assert texts == ["hi" + letters_of[0], "there" + letters_of[1], letters_of[2]]
+    assert [len(row) for row in expected] == [10, 5, 6]  # the last two end at the end-of-text token

@@ -13,10 +13,19 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as RustTokenizer
 
 from megagpt.errors import DataError
-from megagpt.tokenizer import HFTokenizer, TiktokenTokenizer, open_tokenizer
+from megagpt.tokenizer import HFTokenizer, TiktokenTokenizer, open_recorded_tokenizer, open_tokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 3
 SAMPLES = ["", " ", "The quick fox", "naïve café — 東京 🎉\r\n\tx", "a\x00b", "<|endoftext|>", "x<|endoftext|>y</s>"]
+
+
+def run_alone(program: str) -> str:
+    """What a fresh interpreter prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1]
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def train_bpe(special: str = "<|endoftext|>") -> RustTokenizer:
@@ -91,6 +100,27 @@ def test_a_saved_tokenizer_is_the_same_one(tokenizer, tmp_path):
         again = open_tokenizer(spec)
         assert again.describe() == tokenizer.describe()
         assert again.encode_batch(SAMPLES) == tokenizer.encode_batch(SAMPLES)
+
+
+@pytest.mark.parametrize("place", ["tokenizer", "."])
+def test_the_tokenizer_of_token_files_is_found_beside_them(tokenizer, tmp_path, place):
+    tokenizer.save(tmp_path / "job" / place)
+    found = open_recorded_tokenizer(tmp_path / "job", tokenizer.describe())
+    assert found.encode(TEXT) == tokenizer.encode(TEXT)
+
+
+def test_token_files_without_their_tokenizer_say_what_is_missing(bpe_file, tmp_path):
+    described = open_tokenizer(bpe_file).describe()
+    with pytest.raises(DataError, match=r"neither tokenizer/tokenizer\.json nor tokenizer\.json is there"):
+        open_recorded_tokenizer(tmp_path, described)
+    other = HFTokenizer(train_bpe("</s>").to_str(), Path("x"))
+    other.save(tmp_path / "tokenizer")
+    with pytest.raises(DataError) as error:
+        open_recorded_tokenizer(tmp_path, described)
+    assert str(error.value) == (
+        f"{tmp_path}/tokenizer/tokenizer.json: tokenizer with fingerprint {other.fingerprint}, but the manifest "
+        f"in {tmp_path} says that the tokens were made with {described['fingerprint']}"
+    )
 
 
 def test_describe_says_what_a_manifest_needs(bpe_file):
@@ -246,7 +276,7 @@ def test_importing_it_loads_neither_torch_nor_tokenizers():
         "import sys, megagpt.tokenizer, megagpt.data.mixture, megagpt.data.manifest\n"
         "print([name for name in ('torch', 'transformers', 'tokenizers', 'tiktoken') if name in sys.modules])"
     )
-    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    shown = run_alone(program)
     assert shown.strip() == "[]"
 
 
@@ -257,5 +287,5 @@ def test_using_it_loads_no_torch(bpe_file):
         "import tiktoken\n"
         "print([name for name in ('torch', 'transformers') if name in sys.modules])"
     )
-    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    shown = run_alone(program)
     assert shown.strip() == "[]"

@@ -109,6 +109,14 @@ def read_removed(path: Path) -> Int64Array:
     return np.asarray(pq.read_table(path, columns=["doc_id"]).column("doc_id").to_numpy(), np.int64)
 
 
+def is_removed(doc_ids: Int64Array, removed: Int64Array) -> NDArray[np.bool_]:
+    """Which of `doc_ids` are among the sorted ids `removed`."""
+    if not len(removed):
+        return np.zeros(len(doc_ids), np.bool_)
+    at = np.minimum(np.searchsorted(removed, doc_ids), len(removed) - 1)
+    return np.asarray(removed[at] == doc_ids, np.bool_)
+
+
 def _read(folders: Sequence[Path]) -> tuple[Int64Array, Int64Array]:
     tables = [pq.read_table(folder / EDGES_FILE) for folder in folders]
     if not tables:

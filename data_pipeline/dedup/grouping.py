@@ -49,7 +49,7 @@ def write_edges(
     statement = _STAR_EDGES.format(key=", ".join(columns), first=columns[0])
     files = [str(shard / (SIGNATURES_FILE if kind == "exact" else BANDS_FILE)) for shard in shards]
     spill = folder / "spill"
-    config = {
+    config: dict[str, str | bool | int | float | list[str]] = {
         "memory_limit": MEMORY_LIMIT,
         "threads": 1,
         "temp_directory": str(spill),
@@ -57,7 +57,7 @@ def write_edges(
     }
     try:
         with duckdb.connect(config=config) as connection:
-            edges = connection.execute(statement, [files, first, last]).to_arrow_table()
+            edges: pa.Table = connection.sql(statement, params=[files, first, last]).to_arrow_table()
     except duckdb.Error as error:
         raise DataError(f"grouping {len(files)} signature files of {kind} duplicates failed: {error}") from error
     edges = edges.cast(pa.schema([("root", pa.int64()), ("doc_id", pa.int64())]))

@@ -1,7 +1,7 @@
 """Per shard: the content hash of every kept document, and its LSH band keys.
 
-    signatures.parquet   doc_id, hash_high, hash_low (xxh3_128 of the normalised text), n_words, text_bytes
-    bands.parquet        band_key, doc_id, sorted by key, in row groups: a partition of keys reads only its part
+signatures.parquet   doc_id, hash_high, hash_low (xxh3_128 of the normalised text), n_words, text_bytes
+bands.parquet        band_key, doc_id, sorted by key, in row groups: a partition of keys reads only its part
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def write_signatures(
 
 def content_hash(text: str, normalised: str) -> int:
     """The xxh3_128 of the normalised text; of the text itself where nothing but punctuation is in it."""
-    return xxhash.xxh3_128_intdigest((normalised or text).encode("utf-8"))
+    return xxhash.xxh3_128_intdigest((normalised or text).encode())
 
 
 def _rows(doc_ids: NDArray[np.int64], texts: list[str], normalised: list[str]) -> pa.Table:
@@ -83,7 +83,7 @@ def _rows(doc_ids: NDArray[np.int64], texts: list[str], normalised: list[str]) -
             "hash_high": np.array([h >> 64 for h in hashes], np.uint64),
             "hash_low": np.array([h & _LOW_64 for h in hashes], np.uint64),
             "n_words": np.array([words.count(" ") + 1 if words else 0 for words in normalised], np.int64),
-            "text_bytes": np.array([len(text.encode("utf-8")) for text in texts], np.int64),
+            "text_bytes": np.array([len(text.encode()) for text in texts], np.int64),
         },
         schema=SIGNATURES_SCHEMA,
     )

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from data_pipeline.filters.text_view import TextView
 
 _CITATION = re.compile(r"\[\d*\]|\[edit\]|\[citation needed\]")
-_SENTENCE_END = re.compile(r"[.?!]+[\"'”’)\]]*(?=\s|$)")
+_SENTENCE_END = re.compile(r"[.?!]+[\"'\u201d\u2019)\]]*(?=\s|$)")
 _POLICY_PHRASES = (
     "terms of use",
     "privacy policy",

@@ -10,7 +10,12 @@ from dataclasses import dataclass
 
 from data_pipeline.filters.text_view import TextView, count_repeats
 
-TERMINAL_PUNCTUATION = tuple(".!?…\"'”’»)。！？．؟۔।։")
+TERMINAL_PUNCTUATION = (
+    *".!?)\"'",
+    *"\u2026\u201d\u2019\u00bb",  # ellipsis, closing quotes
+    *"\u3002\uff0e\uff01\uff1f",  # Chinese and Japanese
+    *"\u061f\u06d4\u0964\u0589",  # Arabic question mark, Urdu, Devanagari, Armenian full stops
+)
 """Signs that a line of prose ends with, in the scripts that the language model tells apart most often."""
 
 

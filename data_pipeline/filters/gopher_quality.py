@@ -1,8 +1,9 @@
 """Gopher's quality rules: is it prose of a sensible length at all?
 
-Source: Rae et al. 2021, "Scaling Language Models", appendix A.1.1; numbers as in datatrove's gopher_quality_filter.py and
-DCLM's baseline. Shares of words are taken over all tokens, punctuation included, as datatrove does; lengths and
-the number of words over words alone.
+Source: Rae et al. 2021, "Scaling Language Models", appendix A.1.1; the numbers are the same in datatrove's
+gopher_quality_filter.py and DCLM's baseline. The paper's shares "of words" are taken over what white space separates,
+as dolma does (datatrove counts every comma as a word without a letter there, which drops many good pages); the number
+of words and their mean length are taken over words without punctuation. Bullets: bullet point, `-` and `*`.
 """
 
 from __future__ import annotations

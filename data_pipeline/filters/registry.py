@@ -1,7 +1,7 @@
 """All filters by name, and the chain that a job's `filters` section asks for.
 
-A new filter is one file with a frozen dataclass of thresholds and a function that names the failing rules, and one line in
-FILTERS.
+A new filter is one file, with a frozen dataclass of thresholds and a function that names the failing rules, and one
+line in FILTERS.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class Verdict:
     text: str
 
 
+_EXPECTED = {bool: "bool", int: "int, at least 0", float: "float, at least 0", tuple: "list of words"}
 Apply = Callable[[TextView], Verdict]
 LimitsT = TypeVar("LimitsT")
 
@@ -104,7 +105,7 @@ def _check_thresholds(name: str, limits_type: type[Any], values: Mapping[str, An
         if key not in defaults:
             problems.append(f"filters.{name}: unknown threshold {key!r}{_nearest(key, defaults)}")
         elif not _fits(value, defaults[key]):
-            expected = type(defaults[key]).__name__.replace("tuple", "list of words")
+            expected = _EXPECTED[type(defaults[key])]
             problems.append(f"filters.{name}.{key} must be {expected}, got {value!r}")
     return problems
 

@@ -29,7 +29,7 @@ def open_file(path: str) -> BinaryIO:
 def find_files(path: str) -> list[tuple[str, int]]:
     """The files that a path, folder or glob stands for, with their sizes in bytes, sorted by name.
 
-    A folder stands for every file in it and below, but for those whose name, or folder's name, begins with a dot.
+    A folder stands for every file in it and below. As in a shell, names that begin with a dot match no wildcard.
     """
     if _is_remote(path):
         return _find_remote(path)
@@ -41,6 +41,7 @@ def find_files(path: str) -> list[tuple[str, int]]:
     else:
         anchor, pattern = _split_glob(exact)
         found = list(anchor.glob(pattern)) if pattern else []
+        found = [file for file in found if not _is_hidden(file.relative_to(anchor))]
     return sorted((str(file), file.stat().st_size) for file in found if file.is_file())
 
 

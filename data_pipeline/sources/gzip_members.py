@@ -40,8 +40,8 @@ def read_pieces(file: BinaryIO, path: str) -> Iterator[Piece | Damage]:
         path: its name, for the damage reports.
 
     Yields:
-        Pieces in order, and a Damage for every stretch that could not be inflated. The bytes of a member that is at most
-        MAX_RECORD_BYTES long are held back until its checksum is right; larger ones must be believed as they come.
+        Pieces in order, and a Damage for every stretch that could not be inflated. The bytes of a member of at most
+        MAX_RECORD_BYTES are held back until its checksum is right; larger ones must be believed as they come.
     """
     size = file.seek(0, 2)
     file.seek(0)

@@ -1,7 +1,7 @@
 """The HTTP response inside a WARC record: status, headers, and the body as its author wrote it.
 
-Parsed here and not by the WARC library because crawls hold header blocks that end in bare line feeds, where fastwarc 2.0
-takes the beginning of the page for headers, and `Content-Encoding: gzip` before bodies that are already plain.
+Parsed here and not by the WARC library because crawls hold header blocks that end in bare line feeds, where fastwarc
+2.0 takes the beginning of the page for headers, and `Content-Encoding: gzip` before bodies that are already plain.
 """
 
 from __future__ import annotations

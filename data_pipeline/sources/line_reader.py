@@ -14,7 +14,7 @@ from data_pipeline.sources.record import CHUNK_BYTES, MAX_RECORD_BYTES
 
 _GZIP_WINDOW = 31
 _ZSTD_READ_BYTES = 2048
-"""zstd cannot be told to stop at a size: 2 KiB inflate to at most 512 blocks of 128 KiB (RFC 8878, 3.1.1.2) = 64 MiB."""
+"""zstd cannot be told to stop at a size; 2 KiB are at most 512 blocks of 128 KiB, 64 MiB. Source: RFC 8878, 3.1.1.2."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Line:
 
 
 def read_lines(file: BinaryIO, path: str) -> Iterator[Line | Damage]:
-    """Every line, in order. One longer than MAX_RECORD_BYTES is a Damage; so is a stream that cannot be read further."""
+    """Every line, in order; a line longer than MAX_RECORD_BYTES, and a stream that cannot be read on, as Damage."""
     number = 1
     pending = b""
     too_long = 0

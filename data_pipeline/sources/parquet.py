@@ -27,7 +27,7 @@ def read_parquet(shard: Shard, text_key: str) -> Records:
     with open_file(shard.path) as file:
         table = _open_table(file)
         if table is None:
-            yield Damage(shard.path, 0, "parquet.unreadable", shard.size_bytes, unit="file")
+            yield Damage(shard.path, 0, "parquet.unreadable", shard.size_bytes)
             return
         names = table.schema_arrow.names
         if text_key not in names:

@@ -1,7 +1,7 @@
 """The documentation that every Python installation carries, as a small crawl: real English text without a network.
 
-    pages.warc.gz      a page a module: the docstrings of the standard library and of installed packages, and the topics of
-                       the language reference that `help()` shows
+    pages.warc.gz      a page a module: the docstrings of the standard library and of installed packages, and the
+                       topics of the language reference that `help()` shows
     texts.jsonl.zst    the packages' descriptions, README and other .md and .rst files, in The Pile's format
     stamp.json         what they were built from; while it holds, they are used again
 
@@ -239,9 +239,9 @@ def _texts(chosen: list[_Package]) -> Iterator[tuple[str, str]]:
         for distribution in package.distributions:
             if distribution not in described:
                 described.add(distribution)
-                description = metadata.metadata(distribution).get_payload()
-                if isinstance(description, str) and description.strip():
-                    yield f"{_ADDRESS}/{distribution}/description", _without_surrogates(description)
+                description = _description(distribution)
+                if description.strip():
+                    yield f"{_ADDRESS}/{distribution}/description", description
         for folder in package.folders:
             for file in _files(folder, (".md", ".rst")):
                 text = None if file.name.lower().startswith(_SKIPPED_TEXTS) else _read_text(file)
@@ -249,9 +249,12 @@ def _texts(chosen: list[_Package]) -> Iterator[tuple[str, str]]:
                     yield f"{_ADDRESS}/{package.name}/{file.relative_to(folder).as_posix()}", text
 
 
-def _without_surrogates(text: str) -> str:
-    """Bytes of a METADATA file that are not UTF-8 come as lone surrogates, which JSON cannot hold."""
-    return text.encode("utf-8", "replace").decode()
+def _description(distribution: str) -> str:
+    """The text below the header of METADATA, which is what PyPI shows of a package."""
+    content = metadata.distribution(distribution).read_text("METADATA") or ""
+    _, _, description = content.partition("\n\n")
+    # Bytes that are not UTF-8 come as lone surrogates, which JSON cannot hold.
+    return description.encode("utf-8", "replace").decode()
 
 
 def _files(folder: Path, endings: tuple[str, ...]) -> Iterator[Path]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path, PurePosixPath
+import hashlib
+from pathlib import Path
 
 from data_pipeline.config import DataJob, Source
 from data_pipeline.document import Shard
@@ -16,6 +17,7 @@ from data_pipeline.sources.txt import read_txt
 from data_pipeline.sources.warc import read_warc, read_wet
 from megagpt.errors import DataError
 
+_NO_WILDCARDS = str.maketrans("", "", "*?[]")
 KIND_OF_ENDING = {
     ".warc.gz": "warc",
     ".warc": "warc",
@@ -38,7 +40,7 @@ def prepare_sources(job: DataJob) -> list[Shard]:
     shards: list[Shard] = []
     for source in job.sources:
         if source.kind == "python_docs":
-            built = build_python_docs(job.out / "sources", source.packages)
+            built = build_python_docs(job.out / "sources" / _docs_folder(source), source.packages)
             name = source_name(source)
             for kind, path in (("warc", built.pages), ("jsonl", built.texts)):
                 shards.append(Shard(len(shards), name, kind, str(path), path.stat().st_size))
@@ -92,12 +94,19 @@ def read_shard(shard: Shard, source: Source) -> Records:
             raise DataError(f"{shard.path}: no reader for kind {shard.kind!r}; known are {known}, hub")
 
 
+def _docs_folder(source: Source) -> str:
+    """A folder for each choice of packages, so that two sources do not build over each other."""
+    if not source.packages:
+        return "python_docs"
+    return "python_docs-" + hashlib.sha256(" ".join(source.packages).encode()).hexdigest()[:12]
+
+
 def source_name(source: Source) -> str:
-    """What a source is called in reports: its name, else its path's stem, else its kind."""
+    """What a source is called in reports: its name, else the last telling part of its path, else its kind."""
     if source.name:
         return source.name
-    stem = PurePosixPath(source.path.rstrip("/")).name.split(".")[0].strip("*?[]")
-    return stem or Path(source.path).parent.name or source.kind
+    stems = (part.split(".")[0].translate(_NO_WILDCARDS).strip("-_/") for part in reversed(Path(source.path).parts))
+    return next((stem for stem in stems if stem), source.kind)
 
 
 def _kind(path: str, source: Source) -> str:

@@ -9,7 +9,7 @@ from data_pipeline.sources.files import open_file
 from data_pipeline.sources.gzip_members import read_pieces
 from data_pipeline.sources.http_message import BodyError, parse_response
 from data_pipeline.sources.record import RawRecord, Records
-from data_pipeline.sources.warc_frames import Frame, frame_records
+from data_pipeline.sources.warc_frames import frame_records
 
 HTML_TYPES = frozenset({"text/html", "application/xhtml+xml"})
 
@@ -31,18 +31,22 @@ def _read(shard: Shard, *, wet: bool) -> Records:
             if isinstance(frame, Damage):
                 yield frame
                 continue
-            yield _raw_record(frame, ordinal, wet=wet)
+            try:
+                record = WarcRecord.from_bytes(frame.data)
+            except (OSError, ValueError):
+                yield Damage(shard.path, frame.offset, "warc.bad_header", len(frame.data))
+                continue
+            yield _raw_record(record, ordinal, frame.position, wet=wet)
             ordinal += 1
 
 
-def _raw_record(frame: Frame, ordinal: int, *, wet: bool) -> RawRecord:
-    record = WarcRecord.from_bytes(frame.data)
+def _raw_record(record: WarcRecord, ordinal: int, position: int, *, wet: bool) -> RawRecord:
     headers = record.headers
     raw = RawRecord(
         ordinal=ordinal,
         # Wget writes the address in angle brackets, following an error in the WARC 1.0 standard's grammar.
         url=(headers.get("WARC-Target-URI") or "").strip().removeprefix("<").removesuffix(">"),
-        position=frame.position,
+        position=position,
     )
     date = headers.get("WARC-Date")
     if date:

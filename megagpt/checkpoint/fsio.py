@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 import xxhash
+
+from megagpt.atomic import flush_folder, flush_to_disk, publish
+
+__all__ = ["checksum", "flush_folder", "make_dir", "publish", "remove_tree", "write_file"]
 
 
 def make_dir(path: Path) -> None:
@@ -27,8 +30,7 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> tuple[int, s
             file.write(chunk)
             digest.update(chunk)
             size += len(chunk)
-        file.flush()
-        os.fsync(file.fileno())
+        flush_to_disk(file)
     return size, digest.hexdigest()
 
 
@@ -40,28 +42,6 @@ def checksum(path: Path) -> tuple[int, str]:
             digest.update(chunk)
             size += len(chunk)
     return size, digest.hexdigest()
-
-
-def replace(source: Path, target: Path) -> None:
-    """Rename and make the rename durable: the one moment at which something becomes visible."""
-    source.replace(target)
-    sync_dir(target.parent)
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a small file so that a reader sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    write_file(temporary, [content])
-    replace(temporary, path)
-
-
-def sync_dir(path: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def remove_tree(path: Path) -> None:

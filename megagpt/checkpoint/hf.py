@@ -17,10 +17,12 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from megagpt.atomic import temporary_name
 from megagpt.checkpoint import fsio
 from megagpt.checkpoint.hf_config import ModelConfig, model_from_hf_config, model_to_hf_config
 from megagpt.config.schema import GPT2Model
 from megagpt.errors import CheckpointError
+from megagpt.model.build import build_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +38,9 @@ class Entry:
 
     def to_hf(self, ours: Tensor) -> dict[str, Tensor]:
         """Cut one tensor of ours into theirs."""
-        cuts = ours.split(self.part_rows) if self.part_rows else (ours,)
+        cuts = torch.split(ours, list(self.part_rows)) if self.part_rows else (ours,)
         return {
-            part: (cut.t() if self.transposed else cut).contiguous()
-            for part, cut in zip(self.parts, cuts, strict=True)
+            part: (cut.t() if self.transposed else cut).contiguous() for part, cut in zip(self.parts, cuts, strict=True)
         }
 
     def from_hf(self, theirs: Mapping[str, Tensor]) -> Tensor:
@@ -133,7 +134,7 @@ def export_hf(
     state = model.state_dict() if isinstance(model, nn.Module) else model
     theirs = {name: tensor.detach().cpu() for name, tensor in model_to_hf_state(config, state).items()}
     dtype = str(next(iter(theirs.values())).dtype).removeprefix("torch.")
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary = temporary_name(folder)
     if temporary.exists():
         fsio.remove_tree(temporary)
     fsio.make_dir(temporary)
@@ -142,8 +143,8 @@ def export_hf(
     if tokenizer_file is not None:
         fsio.write_file(temporary / "tokenizer.json", [tokenizer_file.read_bytes()])
         _write_json(temporary / "tokenizer_config.json", _tokenizer_config(config, tokenizer_file, eot_id))
-    fsio.sync_dir(temporary)
-    fsio.replace(temporary, folder)
+    fsio.flush_folder(temporary)
+    fsio.publish(temporary, folder)
 
 
 _HF_HEAD = "lm_head.weight"
@@ -217,12 +218,12 @@ def _check_names(where: str, found: set[str], needed: set[str], known: set[str])
     for problem, names in (("missing", missing), ("unknown", unknown)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise CheckpointError(f"{where}: {problem} tensors: {', '.join(names[:3])}{more}; not the model of its config")
+            raise CheckpointError(
+                f"{where}: {problem} tensors: {', '.join(names[:3])}{more}; not the model of its config"
+            )
 
 
 def _check_shapes(config: ModelConfig, state: Mapping[str, Tensor], folder: Path) -> None:
-    from megagpt.model.build import build_model
-
     with torch.device("meta"):
         expected = build_model(config).state_dict()
     for name, tensor in state.items():

@@ -148,7 +148,7 @@ def _llama(theirs: Mapping[str, Any], where: str) -> LlamaModel:
 
 
 def _rope_theta(theirs: Mapping[str, Any], where: str) -> float:
-    """Base of the rotary frequencies; transformers 5 writes `rope_parameters`, before it `rope_theta` + `rope_scaling`."""
+    """Base of the rotary frequencies: in `rope_parameters` since transformers 5, before beside `rope_scaling`."""
     for key in ("rope_parameters", "rope_scaling"):
         rope = theirs.get(key) or {}
         if rope.get("rope_type", rope.get("type", "default")) != "default":

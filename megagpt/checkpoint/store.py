@@ -143,10 +143,10 @@ class CheckpointStore:
         """Make the staged checkpoint visible, at once and durably."""
         staging, target = self.staging_dir(manifest.step), self.step_dir(manifest.step)
         fsio.write_file(staging / MANIFEST, [manifest.to_json()])
-        fsio.sync_dir(staging)
+        fsio.flush_folder(staging)
         if target.exists():  # the same step was saved before: a save that stands is not replaced
             raise CheckpointError(f"{target}: exists already; a checkpoint is never overwritten")
-        fsio.replace(staging, target)
+        fsio.publish(staging, target)
         return target
 
     def prune(self, keep_last: int, keep_every: int) -> list[int]:
@@ -160,7 +160,7 @@ class CheckpointStore:
         removed = [step for step in steps if step not in kept]
         for step in removed:
             doomed = self.step_dir(step).with_suffix(".removed")
-            fsio.replace(self.step_dir(step), doomed)  # no half-removed folder under a valid name
+            fsio.publish(self.step_dir(step), doomed)  # no half-removed folder under a valid name
             fsio.remove_tree(doomed)
         for leftover in [*self.folder.glob("step_*.tmp"), *self.folder.glob("step_*.removed")]:
             fsio.remove_tree(leftover)

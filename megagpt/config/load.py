@@ -6,12 +6,13 @@ names the file, the key, the value and, for a misspelt key, the nearest right on
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from ruamel.yaml import YAML
@@ -106,13 +107,32 @@ def _leaves(values: Mapping[str, Any], at: KeyPath = ()) -> Iterator[tuple[KeyPa
 
 def _merge_file(values: dict[str, Any], origin: dict[KeyPath, str], file: Path) -> None:
     for path, value in _leaves(_read_yaml(file)):
-        if path in origin:
+        if value == {}:  # adds nothing to what another file says there, and takes no key
+            if _get(values, path) is None:
+                _set(values, path, {}, str(file))
+            continue
+        taken = next((known for known in origin if _one_holds_the_other(known, path)), None)
+        if taken is not None:
             raise ConfigError(
-                f"{file}: {'.'.join(path)} = {value!r} is already set in {origin[path]}; "
+                f"{file}: {'.'.join(path)} = {value!r} is already set in {origin[taken]}"
+                f"{'' if taken == path else ' as ' + '.'.join(taken)}; "
                 "files add up, so say it in one of them (the command line may override it)"
             )
         _set(values, path, value, str(file))
         origin[path] = str(file)
+
+
+def _one_holds_the_other(known: KeyPath, path: KeyPath) -> bool:
+    shorter = min(len(known), len(path))
+    return known[:shorter] == path[:shorter]
+
+
+def _get(values: Mapping[str, Any] | Section, path: KeyPath) -> Any:
+    """What stands at `path` in nested mappings or sections, None where nothing does."""
+    at: Any = values
+    for key in path:
+        at = at.get(key) if isinstance(at, dict) else getattr(at, key, None)
+    return at
 
 
 def _apply_override(values: dict[str, Any], origin: dict[KeyPath, str], override: str) -> None:
@@ -142,47 +162,90 @@ def _set(values: dict[str, Any], path: KeyPath, value: Any, where: str) -> None:
 
 
 def _validate(schema: type[SectionT], values: dict[str, Any], origin: dict[KeyPath, str]) -> SectionT:
+    for path, value in _leaves(values):
+        try:
+            _to_json(value)
+        except (TypeError, ValueError):
+            key, where = ".".join(path), _origin_of(path, origin)
+            raise ConfigError(f"{where}: {key}: must be finite numbers and plain text, got {value!r}") from None
     try:
         # JSON mode keeps strictness where it matters ("12" is no int) and lets a list be a tuple.
-        return schema.model_validate_json(json.dumps(values, allow_nan=False, default=str))
-    except ValueError as error:
-        if not isinstance(error, ValidationError):
-            raise ConfigError(f"configuration: {error}") from None
-        lines = [_complaint(schema, dict(problem), values, origin) for problem in error.errors()]
+        config = schema.model_validate_json(_to_json(values))
+    except ValidationError as error:
+        problems = [(_path_in_values(problem, values), problem) for problem in map(dict, error.errors())]
+        # A list where text or a list may stand is also reported as "no text": the deeper problem is the real one.
+        shallow = {path[:length] for path, _ in problems for length in range(len(path))}
+        lines = [_complaint(schema, path, problem, origin) for path, problem in problems if path not in shallow]
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+    for path, value in _leaves(values):
+        # Strict mode still takes `true` and `1.0` for the 1 of a Literal[0, 1].
+        if isinstance(value, (bool, float)) and type(_get(config, path)) is int:
+            raise ConfigError(f"{_origin_of(path, origin)}: {'.'.join(path)}: must be a whole number, got {value!r}")
+    return config
+
+
+def _to_json(value: Any) -> str:
+    """Raises TypeError or ValueError for what YAML knows and a configuration does not: .nan, sets, bytes."""
+    return json.dumps(value, allow_nan=False, default=_date_as_text)
+
+
+def _date_as_text(value: Any) -> str:
+    """A path such as 2024-01-01 is a date to YAML."""
+    if isinstance(value, datetime.date):
+        return value.isoformat()
+    raise TypeError(f"{type(value).__name__} is not plain")
 
 
 def _complaint(
-    schema: type[BaseModel],
+    schema: type[Section],
+    path: tuple[int | str, ...],
     problem: dict[str, Any],
-    values: dict[str, Any],
     origin: dict[KeyPath, str],
 ) -> str:
     """One pydantic problem in the words of the house: `file: key: what is wrong; what would be right`."""
-    path = _path_in_values(problem["loc"], values)
     where = _origin_of(path, origin)
     key = ".".join(str(part) for part in path)
     if problem["type"] == "extra_forbidden":
         return f"{where}: unknown key '{key}'{_did_you_mean(schema, problem['loc'])}"
     if problem["type"] == "missing":
         return f"{where}: {key} is missing and has no default"
+    if problem["type"].startswith("union_tag"):  # the field that chooses a branch: missing, or of another family
+        tag, expected = problem["ctx"]["discriminator"].strip("'"), problem["ctx"].get("expected_tags")
+        choices = expected or ", ".join(repr(name) for name in _branches_at(schema, problem["loc"], tag))
+        found = "is missing" if expected is None else f"is {problem['ctx']['tag']!r}"
+        where = _origin_of((*path, tag), origin)
+        return f"{where}: {key}.{tag} {found}; must be one of {choices}"
     message = problem["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
+    for json_word, yaml_word in _YAML_WORDS.items():
+        message = message.replace(json_word, yaml_word)
     if problem["type"] == "value_error" and isinstance(problem["input"], dict):
         return f"{where}: {key + ': ' if key else ''}{message}"
     return f"{where}: {key}: {message}, got {problem['input']!r}"
 
 
-def _path_in_values(loc: Sequence[int | str], values: Any) -> tuple[int | str, ...]:
+_YAML_WORDS = {
+    "a valid string": "text",
+    "a valid array": "a list",
+    "a valid tuple": "a list",
+    "a valid dictionary": "a mapping",
+    "an object": "a mapping",
+    "tuple should": "list should",
+    " after validation, not 0": "",
+}
+
+
+def _path_in_values(problem: Mapping[str, Any], values: Any) -> tuple[int | str, ...]:
     """Drop from pydantic's location the parts that only name a union's branch."""
     path: list[int | str] = []
     at = values
-    for position, part in enumerate(loc):
-        last = position == len(loc) - 1
-        if isinstance(at, dict) and (part in at or last):
+    for position, part in enumerate(problem["loc"]):
+        # A missing key is not among the values; every other last part that is not there names a branch.
+        absent = position == len(problem["loc"]) - 1 and problem["type"] == "missing"
+        if isinstance(at, dict) and (part in at or absent):
             at = at.get(part)
-        elif isinstance(at, list) and isinstance(part, int) and part < len(at):
-            at = at[part]
+        elif isinstance(at, list) and isinstance(part, int) and (part < len(at) or absent):
+            at = at[part] if part < len(at) else None
         else:
             continue
         path.append(part)
@@ -198,7 +261,7 @@ def _origin_of(path: Sequence[int | str], origin: dict[KeyPath, str]) -> str:
     return ", ".join(sorted(set(origin.values()))) or "configuration"
 
 
-def _did_you_mean(schema: type[BaseModel], loc: Sequence[int | str]) -> str:
+def _did_you_mean(schema: type[Section], loc: Sequence[int | str]) -> str:
     """The nearest known key beside the unknown one, or the list of all that exist there."""
     known = sorted(_fields_at(schema, loc[:-1]))
     nearest = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.6)
@@ -207,19 +270,35 @@ def _did_you_mean(schema: type[BaseModel], loc: Sequence[int | str]) -> str:
     return f"; known keys here: {', '.join(known)}" if known else ""
 
 
-def _fields_at(schema: type[BaseModel], loc: Sequence[int | str]) -> set[str]:
-    candidates: list[Any] = [schema]
+def _branches_at(schema: type[Section], loc: Sequence[int | str], tag: str) -> list[str]:
+    """Values of the discriminator `tag` over the branches of the union at `loc`."""
+    branches = _sections_at(schema, loc)
+    return [str(choice) for branch in branches for choice in get_args(branch.model_fields[tag].annotation)]
+
+
+def _fields_at(schema: type[Section], loc: Sequence[int | str]) -> set[str]:
+    return {name for section in _sections_at(schema, loc) for name in section.model_fields}
+
+
+def _sections_at(schema: type[Section], loc: Sequence[int | str]) -> list[type[Section]]:
+    """The section classes that may stand at pydantic's location `loc`."""
+    candidates: list[type[Section]] = [schema]
     for part in loc:
-        following: list[Any] = []
+        following: list[type[Section]] = []
         for candidate in candidates:
             if isinstance(part, str) and part in candidate.model_fields:
-                following += _section_types(candidate.model_fields[part].annotation)
-        candidates = following or candidates
-    return {name for candidate in candidates for name in candidate.model_fields}
+                following += section_types(candidate.model_fields[part].annotation)
+        # A part that is no field is a list's index or names a branch by its discriminator's value.
+        candidates = following or [c for c in candidates if _has_choice(c, part)] or candidates
+    return candidates
 
 
-def _section_types(annotation: Any) -> list[type[BaseModel]]:
+def _has_choice(section: type[Section], value: int | str) -> bool:
+    return any(get_args(field.annotation) == (value,) for field in section.model_fields.values())
+
+
+def section_types(annotation: Any) -> list[type[Section]]:
     """Every section class inside an annotation such as `tuple[A | B, ...]`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]
-    return [found for inner in getattr(annotation, "__args__", ()) for found in _section_types(inner)]
+    return [found for inner in get_args(annotation) for found in section_types(inner)]

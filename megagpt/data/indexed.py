@@ -276,8 +276,7 @@ def _read_header(idx: Path, idx_bytes: int) -> tuple[np.dtype[np.integer], int, 
     if idx_bytes != expected:
         raise DataError(
             f"{idx}: {idx_bytes} bytes, expected {expected} for the {n_sequences} sequences and {n_indices} "
-            "document "
-            "indices that its header counts: the file is cut, damaged, or a multimodal one"
+            "document indices that its header counts: the file is cut, damaged, or a multimodal one"
         )
     return DTYPE_OF_CODE[code], n_sequences, n_indices
 

@@ -181,8 +181,7 @@ def verify_token_file(prefix: Path, on_bytes: Callable[[int], None] | None = Non
         if found != expected:
             raise DataError(
                 f"{path}: {found.bytes} bytes with xxh3_128 {found.xxh3_128}, but {_manifest_path(prefix)} "
-                "says "
-                f"{expected.bytes} bytes with {expected.xxh3_128}: damaged, or replaced since it was written"
+                f"says {expected.bytes} bytes with {expected.xxh3_128}: damaged, or replaced since it was written"
             )
 
 

@@ -209,8 +209,7 @@ def count_windows(token_file: TokenFile, seq_len: int) -> int:
     if n_windows < 1:
         raise DataError(
             f"{bin_path(token_file.prefix)}: {token_file.n_tokens} tokens, but one sample needs "
-            f"{seq_len + 1} "
-            f"(a sequence of {seq_len} and the token after it)"
+            f"{seq_len + 1} (a sequence of {seq_len} and the token after it)"
         )
     return n_windows
 

@@ -11,13 +11,15 @@ from typing import Any, Literal
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from megagpt.checkpoint.tensors import SliceReader, TensorSlice
 from megagpt.config.schema import OptimSection, TrainingRun
 from megagpt.engine import slices
+from megagpt.engine.corrections import unscale_with_the_scale_of_the_step
 from megagpt.engine.ds_config import ds_config
-from megagpt.errors import TrainingDiverged
+from megagpt.errors import ConfigError, TrainingDiverged
 from megagpt.model.decoder import Decoder
 from megagpt.model.loss import next_token_nll
 from megagpt.parallel.mesh import Mesh
@@ -69,12 +71,15 @@ class Engine:
         self.plan = plan
         self._zero_stage = config.parallel.zero_stage
         self._fp16 = config.train.dtype == "fp16"
+        _check_dtype(config.train.dtype, mesh.device)
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=_adamw(param_groups, config.optim, mesh.device),
             config=ds_config(config, plan),
             dist_init_required=False,
         )
+        if self._fp16:
+            unscale_with_the_scale_of_the_step(self._engine.optimizer)
         self.model: Decoder = self._engine.module
         self.model.reset_buffers()  # DeepSpeed's cast to bf16 would leave rotary tables with 8 bits
         self.dtype = _TORCH_DTYPES[config.train.dtype]
@@ -203,6 +208,15 @@ class Engine:
             "last_overflow_iter": int(scaler.last_overflow_iter),
             "hysteresis": int(scaler.cur_hysteresis),
         }
+
+
+def _check_dtype(dtype: str, device: torch.device) -> None:
+    """DeepSpeed refuses a precision that the device cannot do with a traceback; say it in our words."""
+    accelerator = get_accelerator()
+    if dtype == "fp16" and not accelerator.is_fp16_supported():
+        raise ConfigError(f"train.dtype is fp16, which DeepSpeed cannot run on this {device.type}; use bf16 or fp32")
+    if dtype == "bf16" and not accelerator.is_bf16_supported():
+        raise ConfigError(f"train.dtype is bf16, which this {device.type} cannot run; use fp16 or fp32")
 
 
 def _adamw(param_groups: list[dict[str, Any]], optim: OptimSection, device: torch.device) -> torch.optim.Optimizer:

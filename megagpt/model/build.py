@@ -31,9 +31,7 @@ def _build_gpt2(config: GPT2Model) -> Decoder:
         d_head=config.d_model // config.n_head,
     )
     embedding = GPT2Embedding(config.vocab_size, config.max_seq_len, config.d_model, config.dropout)
-    blocks = [
-        gpt2_block(config.d_model, config.n_head, config.norm_eps, config.dropout) for _ in range(config.n_layer)
-    ]
+    blocks = [gpt2_block(config.d_model, config.n_head, config.norm_eps, config.dropout) for _ in range(config.n_layer)]
     return Decoder(embedding, blocks, nn.LayerNorm(config.d_model, eps=config.norm_eps), sizes, tied_head=True)
 
 
@@ -50,9 +48,7 @@ def _build_llama(config: LlamaModel) -> Decoder:
     blocks = []
     for _ in range(config.n_layer):
         qk_norm = (
-            QKNorm(config.n_head, config.n_kv_head, sizes.d_head, config.norm_eps)
-            if config.qk_norm
-            else nn.Identity()
+            QKNorm(config.n_head, config.n_kv_head, sizes.d_head, config.norm_eps) if config.qk_norm else nn.Identity()
         )
         attention = LlamaAttention(config.d_model, config.n_head, config.n_kv_head, rotary, qk_norm)
         blocks.append(llama_block(attention, config.d_model, config.d_ff, config.norm_eps))

@@ -1,4 +1,7 @@
-"""A decoder as a flat list of layers: embedding, blocks, final norm, head. What `forward` runs is what a pipeline cuts."""
+"""A decoder as a flat list of layers: embedding, blocks, final norm, head.
+
+What `forward` runs is what a pipeline cuts.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,13 @@ class Decoder(nn.Module):
     """Every layer takes and returns one tensor: (B, T) tokens, then (B, T, C), at last (B, T, V)."""
 
     def __init__(
-        self, embedding: Embedding, blocks: Sequence[Block], final_norm: nn.Module, sizes: DecoderSizes, *, tied_head: bool
+        self,
+        embedding: Embedding,
+        blocks: Sequence[Block],
+        final_norm: nn.Module,
+        sizes: DecoderSizes,
+        *,
+        tied_head: bool,
     ) -> None:
         super().__init__()
         self.sizes = sizes
@@ -83,7 +92,7 @@ class Decoder(nn.Module):
         step = cache.extend(n_new, tokens.shape[1])
         x = self.embedding.at(tokens, step.positions)
         for index, block in enumerate(self.blocks):
-            x = block.decode(x, step, index)
+            x = block.decode(x, step, index)  # type: ignore[operator]
         return self.final_norm(x)
 
     def tie_head(self) -> None:
@@ -99,6 +108,6 @@ class Decoder(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decoder:  # noqa: FBT001, FBT002
         """As in `nn.Module`; leaving the meta device makes one new parameter per module, which unties a head."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.tie_head()
         return self

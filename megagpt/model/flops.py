@@ -81,7 +81,8 @@ def flops_per_token(config: ModelConfig, seq_len: int, attention: AttentionCount
     N is `matmul_parameter_count`. Published figures mostly count attention in full (PaLM, nanoGPT), newer ones the
     half that a causal mask leaves (llm.c, Megatron-LM today): name the convention beside every MFU.
 
-    Source: Chowdhery et al. 2022, appendix B; equal to Korthikanti et al. 2022, appendix A: 72BsLh^2(1 + s/6h + V/12Lh).
+    Source: Chowdhery et al. 2022, appendix B; the same as 72BsLh^2(1 + s/6h + V/12Lh) of Korthikanti et al. 2022,
+    appendix A.
     """
     return 6.0 * matmul_parameter_count(config) + _attention_flops(config, seq_len, attention)
 

@@ -67,20 +67,20 @@ class LlamaAttention(Attention):
         """(B, T, C) -> (B, T, C)."""
         qk, v = self._project(x)
         # Queries and keys are turned together: one set of kernels instead of two.
-        q, k = self.rotary(qk).split((self.n_head, self.n_kv_head), dim=2)
+        q, k = torch.split(self.rotary(qk), [self.n_head, self.n_kv_head], dim=2)
         return self.output(self.core(q, k, v))
 
     def decode(self, x: Tensor, step: CacheStep, layer: int) -> Tensor:
         """(B, T, C) new tokens -> (B, T, C)."""
         qk, v = self._project(x)
-        q, k = self.rotary.at(qk, step.positions).split((self.n_head, self.n_kv_head), dim=2)
+        q, k = torch.split(self.rotary.at(qk, step.positions), [self.n_head, self.n_kv_head], dim=2)
         keys, values = step.append(layer, k, v)
         return self.output(self.core.decode(q, keys, values, step.visible))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Normed (B, T, H + K, D) queries and keys, and (B, T, K, D) values."""
         heads = self.qkv(x).unflatten(-1, (-1, self.d_head))
-        qk, v = heads.split((self.n_head + self.n_kv_head, self.n_kv_head), dim=2)
+        qk, v = torch.split(heads, [self.n_head + self.n_kv_head, self.n_kv_head], dim=2)
         # A view of v, kept for backward, would keep all of the product; turned q and k are new tensors anyway.
         return self.qk_norm(qk), v.contiguous()
 

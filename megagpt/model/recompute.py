@@ -29,7 +29,7 @@ def apply_recompute(model: Decoder, kind: RecomputeKind) -> None:
             del module.forward  # the class's own forward comes back
     for module in _recomputed(model, kind):
         # An attribute of the instance, not a wrapping module: a wrapper would change every parameter's name.
-        module.forward = partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
+        module.forward = partial(checkpoint, module.forward, use_reentrant=False)
 
 
 def _recomputed(model: Decoder, kind: RecomputeKind) -> Iterator[nn.Module]:

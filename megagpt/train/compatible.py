@@ -11,7 +11,7 @@ from megagpt.config.schema import TrainingRun
 from megagpt.data.manifest import read_manifest
 from megagpt.data.mixture import Mixture
 from megagpt.errors import CheckpointError, ConfigError, DataError
-from megagpt.tokenizer import Tokenizer, open_tokenizer
+from megagpt.tokenizer import Tokenizer, open_recorded_tokenizer, open_tokenizer
 
 UNCHANGEABLE = ("model", "run.seed", "train.global_batch_size")
 """Keys that a resumed run must keep: the weights' shapes, and which sample comes when."""
@@ -36,7 +36,8 @@ def check_tokens(config: TrainingRun, mixture: Mixture) -> Tokenizer | None:
                 f"{config.data.tokenizer or next(iter(recorded))} ({tokenizer.fingerprint}); "
                 "use token files of one tokenizer, and leave data.tokenizer out where they name theirs"
             )
-    needed = max(tokenizer.vocab_size if tokenizer is not None else 0, (mixture.max_token_id or -1) + 1)
+    largest = -1 if mixture.max_token_id is None else mixture.max_token_id
+    needed = max(tokenizer.vocab_size if tokenizer is not None else 0, largest + 1)
     if needed > config.model.vocab_size:
         raise ConfigError(
             f"model.vocab_size is {config.model.vocab_size} but the tokenizer has {needed} tokens; "
@@ -78,7 +79,7 @@ def _differences(saved: Any, current: Any, path: list[str], at: str = "") -> lis
     return [] if saved == current else [f"{at} is {saved!r} in the checkpoint, {current!r} in the configuration"]
 
 
-def _recorded_tokenizers(config: TrainingRun) -> dict[Path, Mapping[str, Any]]:
+def _recorded_tokenizers(config: TrainingRun) -> dict[Path, dict[str, Any]]:
     """What manifest.json beside each token file says, where there is one."""
     train = config.data.train
     prefixes = [train] if isinstance(train, Path) else [part.prefix for part in train]
@@ -86,12 +87,11 @@ def _recorded_tokenizers(config: TrainingRun) -> dict[Path, Mapping[str, Any]]:
     return {prefix: manifest.tokenizer for prefix, manifest in manifests.items() if manifest is not None}
 
 
-def _open(config: TrainingRun, recorded: Mapping[Path, Mapping[str, Any]]) -> Tokenizer | None:
-    """The configured tokenizer, or the one of the first token file: a tiktoken name, or a file beside it."""
+def _open(config: TrainingRun, recorded: Mapping[Path, dict[str, Any]]) -> Tokenizer | None:
+    """The configured tokenizer, or the one that the first token file with a manifest was made with."""
     if config.data.tokenizer is not None:
         return open_tokenizer(config.data.tokenizer)
-    for prefix, described in recorded.items():
-        if described["kind"] == "tiktoken":
-            return open_tokenizer(str(described["name"]))
-        return open_tokenizer(prefix.parent / str(described["file"]))
-    return None
+    if not recorded:
+        return None
+    prefix, described = next(iter(recorded.items()))
+    return open_recorded_tokenizer(prefix.parent, described)

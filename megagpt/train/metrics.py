@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from megagpt.checkpoint import fsio
+from megagpt.atomic import write_file
 from megagpt.errors import MegaGPTError
 
 Row = Mapping[str, float | int | bool | None]
@@ -51,7 +51,7 @@ def _keep_rows(path: Path, last_step: int) -> None:
     if not path.exists():
         return
     kept = [line for line in path.read_text("utf-8").splitlines() if (row := _row(line)) and row["step"] <= last_step]
-    fsio.write_atomic(path, "".join(f"{line}\n" for line in kept).encode())
+    write_file(path, "".join(f"{line}\n" for line in kept).encode())
 
 
 def _row(line: str) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
-from megagpt.checkpoint import fsio
+from megagpt.atomic import write_file
 from megagpt.checkpoint.open import CHECKPOINTS, rank_files
 from megagpt.checkpoint.save import Identity, save_checkpoint, verify_together
 from megagpt.checkpoint.store import CheckpointStore, Manifest
@@ -208,9 +208,9 @@ def _write_run_files(
     described = describe_plan(config, plan) | {"optimizer": engine.optimizer_class}
     data = read_manifest(_first_prefix(config))
     described["data_manifest_hash"] = data.hash if data is not None else None
-    fsio.write_atomic(run_dir / "config.yaml", dump_config(config).encode())
-    fsio.write_atomic(run_dir / "versions.json", (json.dumps(identity.versions, indent=1) + "\n").encode())
-    fsio.write_atomic(run_dir / "plan.json", (json.dumps(described, indent=1) + "\n").encode())
+    write_file(run_dir / "config.yaml", dump_config(config).encode())
+    write_file(run_dir / "versions.json", (json.dumps(identity.versions, indent=1) + "\n").encode())
+    write_file(run_dir / "plan.json", (json.dumps(described, indent=1) + "\n").encode())
     log_event(run_dir, "resumed" if state.step else "started", state.step, world_size=plan.data_parallel)
 
 

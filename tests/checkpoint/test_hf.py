@@ -127,7 +127,9 @@ def test_imported_gradients_equal_hugging_faces(theirs):
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert converted.keys() == expected.keys()
     for name, gradient in expected.items():
-        torch.testing.assert_close(converted[name], gradient, rtol=1e-4, atol=2e-6, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            converted[name], gradient, rtol=1e-4, atol=2e-6, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def test_import_then_export_gives_back_the_same_files(theirs, tmp_path):

@@ -246,8 +246,9 @@ def test_tokens_of_another_size_are_refused(tmp_path, length):
 @settings(max_examples=200, deadline=None)
 def test_a_mutated_index_is_refused_or_consistent(edits, tail, cut):
     with tempfile.TemporaryDirectory() as folder:
-        prefix = write(Path(folder) / "t", [[1, 2, 3], [4, 5], [6]])
-        index = bytearray((Path(folder) / "t.idx").read_bytes())
+        prefix = Path(folder) / "t"
+        (Path(folder) / "t.bin").write_bytes(bytes([1, 0, 2, 0, 3, 0, 4, 0, 5, 0, 6, 0]))
+        index = bytearray(struct.pack("<9sQBQQ3i7q", b"MMIDIDX", 1, 8, 3, 4, 3, 2, 1, 0, 6, 10, 0, 1, 2, 3))
         for offset, value in edits.items():
             index[offset] = value
         (Path(folder) / "t.idx").write_bytes(index + tail if cut == 102 else index[:cut] if cut % 2 else index)
@@ -263,10 +264,10 @@ def test_a_mutated_index_is_refused_or_consistent(edits, tail, cut):
 @settings(max_examples=100, deadline=None)
 def test_garbage_is_never_opened(index):
     with tempfile.TemporaryDirectory() as folder:
-        prefix = write(Path(folder) / "t", [[1]])
+        (Path(folder) / "t.bin").write_bytes(bytes(2))
         (Path(folder) / "t.idx").write_bytes(index)
         with pytest.raises(DataError):
-            TokenFile.open(prefix)
+            TokenFile.open(Path(folder) / "t")
 
 
 def test_missing_files_are_named_with_what_would_be_right(tmp_path):

@@ -91,9 +91,9 @@ def test_matmul_parameters_are_the_linear_maps():
 
 def test_flops_are_those_of_korthikanti_and_narayanan():
     config = load("gpt3_175b")
-    L, h, s, V = 96, 12288, 2048, 50257
-    model = 72 * L * h * h * (1 + s / (6 * h) + V / (12 * L * h))
-    recomputed = 96 * L * h * h * (1 + s / (6 * h) + V / (16 * L * h))
+    layers, h, s, vocab = 96, 12288, 2048, 50257
+    model = 72 * layers * h * h * (1 + s / (6 * h) + vocab / (12 * layers * h))
+    recomputed = 96 * layers * h * h * (1 + s / (6 * h) + vocab / (16 * layers * h))
     assert flops_per_token(config, s) == pytest.approx(model, rel=1e-12)
     assert hardware_flops_per_token(config, s, "none") == flops_per_token(config, s)
     assert hardware_flops_per_token(config, s, "full") == pytest.approx(recomputed, rel=1e-12)
@@ -156,7 +156,7 @@ def stored_bytes(config, recompute):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = model.hidden(torch.zeros(4, config.max_seq_len, dtype=torch.long))
+        result = model(torch.zeros(4, config.max_seq_len, dtype=torch.long))
     assert result.requires_grad
     return sum(storages.values())
 
@@ -168,9 +168,10 @@ def test_stored_activations_are_what_autograd_keeps(name, recompute):
     estimate = memory_bytes(config, micro_batch_size=4, dtype="fp32", recompute=recompute).activations_bytes
     tokens, C = 4 * config.max_seq_len, config.d_model
     if recompute == "full":  # the block that backward is in does not live in the forward
-        estimate -= memory_bytes(
-            config.model_copy(update={"n_layer": 1}), micro_batch_size=4, dtype="fp32"
-        ).activations_bytes - 4 * tokens * 2 * C
+        estimate -= (
+            memory_bytes(config.model_copy(update={"n_layer": 1}), micro_batch_size=4, dtype="fp32").activations_bytes
+            - 4 * tokens * 2 * C
+        )
     if name == "llama_tiny":  # without a GPU, RMSNorm is not fused and keeps the normed input as well
         estimate += 4 * tokens * C * (1 if recompute == "full" else 2 * config.n_layer + 1)
     assert stored_bytes(config, recompute) == pytest.approx(estimate, rel=0.03)

@@ -1,0 +1,245 @@
+"""`megagpt eval run`: a checkpoint and task names -> one result file a task."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lm_eval
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from evals.backend import MegaGPTLM, UnscorableError
+from evals.heldout import heldout_loss
+from evals.results import Metric, TaskResult, hash_settings, make_metric
+from evals.scoring import quiet_bars, score_task
+from evals.suites import SuiteTask, resolve_tasks
+from evals.task_loader import DataOrigin, TaskUnavailableError, load_task, plan_task
+from megagpt.checkpoint.open import Checkpoint, open_checkpoint
+from megagpt.data.manifest import read_manifest
+from megagpt.model.decoder import Decoder
+from megagpt.tokenizer import Tokenizer
+
+HELDOUT = "heldout"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """What to evaluate, on what, and how."""
+
+    checkpoint: Path
+    """A run's folder, its checkpoints/, or one step's folder."""
+    tasks: tuple[str, ...]
+    """Suites, tasks, `heldout`."""
+    data_dir: Path | None = None
+    """Local benchmark data; what is not there comes from the hub."""
+    n_shots: int | None = None
+    """Few-shot examples; None for what the suite or the task says."""
+    limit: int | None = None
+    """Only the first documents of each task; None for what the suite says, or all."""
+    batch_size: int = 16
+    out: Path | None = None
+    """Folder of the results; None for <run>/evals/step_<step>."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    device: str = "cpu"
+    suites_dir: Path = Path("configs/evals")
+    cache_dir: Path | None = None
+    """Prepared rows and Arrow tables; None for <run>/evals/cache."""
+
+
+def run_evals(request: EvalRequest, console: Console) -> list[TaskResult]:
+    """Evaluate, reusing what is already known about the same weights, settings and data.
+
+    Every task's file is written as soon as the task is done. A task whose data cannot be reached, or whose
+    requests exceed the model's context, has the status `unavailable` and the reason; the others go on.
+
+    Raises:
+        EvalError: a task that does not exist, or a setting that cannot work.
+        CheckpointError: no checkpoint that can be used.
+        DataError: no tokenizer, or validation tokens that are damaged.
+    """
+    tasks = resolve_tasks(request.tasks, request.suites_dir, n_shots=request.n_shots, limit=request.limit)
+    evaluation = Evaluation(request, open_checkpoint(request.checkpoint))
+    results = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        for task in tasks:
+            bar = progress.add_task(task.task, total=None)
+            result = evaluation.run(task, functools.partial(_show, progress, bar))
+            progress.remove_task(bar)
+            results.append(result)
+            console.print(_one_line(result), highlight=False, markup=False)
+    return results
+
+
+class Evaluation:
+    """One checkpoint under evaluation; its weights are loaded when the first task needs them."""
+
+    def __init__(self, request: EvalRequest, checkpoint: Checkpoint) -> None:
+        self.request = request
+        self.checkpoint = checkpoint
+        self.out = request.out or checkpoint.run_dir / "evals" / f"step_{checkpoint.step:08d}"
+        self.cache_dir = request.cache_dir or checkpoint.run_dir / "evals" / "cache"
+        self.max_seq_len = checkpoint.model_config.max_seq_len
+
+    @functools.cached_property
+    def model(self) -> Decoder:
+        """The weights."""
+        return self.checkpoint.load_model(DTYPES[self.request.dtype], self.request.device)
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the weights were trained with."""
+        return self.checkpoint.tokenizer()
+
+    def run(self, task: SuiteTask, on_progress: Callable[[int, int], None]) -> TaskResult:
+        """Evaluate one task, or read what an earlier evaluation of the same found."""
+        try:
+            return self._run_heldout(task, on_progress) if task.task == HELDOUT else self._run_task(task, on_progress)
+        except (TaskUnavailableError, UnscorableError) as error:
+            return self._unavailable(task, str(error))
+
+    def _run_task(self, task: SuiteTask, on_progress: Callable[[int, int], None]) -> TaskResult:
+        started = time.monotonic()
+        with quiet_bars():
+            plan = plan_task(task.task, self.request.data_dir, self.cache_dir)
+            if (known := self._reusable(task, plan.data)) is not None:
+                return known
+            loaded = load_task(plan, task.shots)
+        lm = MegaGPTLM(
+            self.model,
+            self.tokenizer,
+            max_seq_len=self.max_seq_len,
+            device=self.request.device,
+            batch_size=self.request.batch_size,
+            on_progress=on_progress,
+        )
+        scores = score_task(lm, loaded, task.limit)
+        result = TaskResult(
+            **self._header(task, plan.data),
+            status="ok",
+            reason="",
+            task_version=scores.version,
+            n_shots=scores.n_shots,
+            n=scores.n,
+            n_total=scores.n_total,
+            metrics=scores.metrics,
+            chance=scores.chance,
+            truncated=scores.truncated,
+            seconds=time.monotonic() - started,
+            subtasks=scores.subtasks,
+        )
+        return result.write(self.out, scores.samples)
+
+    def _run_heldout(self, task: SuiteTask, on_progress: Callable[[int, int], None]) -> TaskResult:
+        started = time.monotonic()
+        prefix = self.checkpoint.config.data.val
+        if prefix is None:
+            raise TaskUnavailableError("the run has no validation tokens (data.val)")
+        manifest = read_manifest(prefix)
+        entry = None if manifest is None else manifest.files.get(prefix.name)
+        digest = None if entry is None else entry.bin.xxh3_128
+        data = DataOrigin("local", str(prefix), digest)
+        if digest is not None and (known := self._reusable(task, data)) is not None:
+            return known
+        loss = heldout_loss(
+            self.model,
+            prefix,
+            max_seq_len=self.max_seq_len,
+            n_windows=task.limit,
+            batch_size=self.request.batch_size,
+            on_windows=on_progress,
+        )
+        metrics = {"nats_per_token": _loss_metric(loss.nats_per_token, loss.nats_per_token_stderr)}
+        if loss.bits_per_byte is not None:
+            metrics = {"bits_per_byte": _loss_metric(loss.bits_per_byte, loss.bits_per_byte_stderr), **metrics}
+        return TaskResult(
+            **self._header(task, data),
+            status="ok",
+            reason="" if loss.bits_per_byte is not None else f"{prefix}: no manifest.json counts its bytes",
+            task_version="1",
+            n=loss.n_windows,
+            n_total=loss.n_windows_total,
+            metrics=metrics,
+            seconds=time.monotonic() - started,
+        ).write(self.out)
+
+    def _unavailable(self, task: SuiteTask, reason: str) -> TaskResult:
+        """The row that says why; it does not replace a score of the same weights."""
+        data = DataOrigin("hub" if self.request.data_dir is None else "local", str(self.request.data_dir or ""), None)
+        result = TaskResult(
+            **self._header(task, data), status="unavailable", reason=" ".join(reason.split()), task_version=None
+        )
+        before = self._stored(task)
+        if before is not None and before.status == "ok" and before.checkpoint["hash"] == self.checkpoint.hash:
+            return result
+        return result.write(self.out)
+
+    def _header(self, task: SuiteTask, data: DataOrigin) -> dict[str, Any]:
+        settings = self._settings(task)
+        return {
+            "task": task.task,
+            "checkpoint": {
+                "run": str(self.checkpoint.run_dir),
+                "step": self.checkpoint.step,
+                "hash": self.checkpoint.hash,
+            },
+            "settings": settings,
+            "settings_hash": hash_settings(settings),
+            "lm_eval_version": lm_eval.__version__,
+            "data": {**asdict(data), "absent_splits": list(data.absent_splits)},
+        }
+
+    def _settings(self, task: SuiteTask) -> dict[str, Any]:
+        return {
+            "n_shots": task.shots,
+            "limit": task.limit,
+            "batch_size": self.request.batch_size,
+            "dtype": self.request.dtype,
+            "max_seq_len": self.max_seq_len,
+        }
+
+    def _stored(self, task: SuiteTask) -> TaskResult | None:
+        path = self.out / f"{task.task}.json"
+        return TaskResult.read(path) if path.is_file() else None
+
+    def _reusable(self, task: SuiteTask, data: DataOrigin) -> TaskResult | None:
+        """An earlier score of the same weights, settings, data and lm-eval."""
+        before = self._stored(task)
+        if before is None or before.status != "ok":
+            return None
+        wanted = self._header(task, data)
+        same = (
+            before.checkpoint["hash"] == self.checkpoint.hash
+            and before.settings_hash == wanted["settings_hash"]
+            and before.lm_eval_version == wanted["lm_eval_version"]
+            and all(before.data[key] == wanted["data"][key] for key in ("origin", "sha256"))
+            and (data.sha256 is not None or before.data["path_or_id"] == data.path_or_id)
+        )
+        return TaskResult(**{**_fields(before), "reused": True}) if same else None
+
+
+def _loss_metric(value: float, stderr: float | None) -> Metric:
+    return make_metric(value, stderr, 0, is_proportion=False, higher_is_better=False)
+
+
+def _fields(result: TaskResult) -> dict[str, Any]:
+    return {name: getattr(result, name) for name in result.__dataclass_fields__}
+
+
+def _show(progress: Progress, bar: TaskID, done: int, total: int) -> None:
+    progress.update(bar, completed=done, total=total)
+
+
+def _one_line(result: TaskResult) -> str:
+    if result.status != "ok":
+        return f"{result.task}: unavailable: {result.reason}"
+    scores = ", ".join(f"{name} {metric.value:.4f}" for name, metric in result.metrics.items())
+    how = "reused: same weights, settings and data" if result.reused else f"{result.n} in {result.seconds:.1f} s"
+    return f"{result.task}: {scores or f'{len(result.subtasks)} tasks'} ({how})"

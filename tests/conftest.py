@@ -1,0 +1,27 @@
+"""What tests of several folders share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Tests start several processes on few cores; a process that starts more threads than its share slows all of them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A token file without a manifest, for tests/tiny.py."""
+    from tests.tiny import write_tokens
+
+    return write_tokens(tmp_path_factory.mktemp("tokens") / "train")
+
+
+@pytest.fixture(scope="session")
+def val_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.tiny import write_tokens
+
+    return write_tokens(tmp_path_factory.mktemp("val_tokens") / "val", n_documents=30, seed=1)
