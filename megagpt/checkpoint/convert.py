@@ -27,6 +27,7 @@ from megagpt.config.schema import (
     TrainSection,
 )
 from megagpt.errors import CheckpointError
+from megagpt.model.build import build_model
 from megagpt.parallel.mesh import Mesh
 from megagpt.tokenizer import Tokenizer, open_tokenizer
 
@@ -49,8 +50,8 @@ def checkpoint_to_hf(checkpoint: Path, out: Path) -> str:
 def hf_to_checkpoint(folder: Path, run_dir: Path) -> str:
     """Make a run whose step-0 checkpoint holds a published model's weights, with Adam's moments at zero.
 
-    Evaluation and generation take the run as it is. To train on, give its folder as `run.dir`, with the model section
-    of its config.yaml.
+    Evaluation and generation take the run as it is. To train on, give its folder as `run.dir` and the model section of
+    its config.yaml.
 
     Returns:
         a sentence for the user.
@@ -65,7 +66,7 @@ def hf_to_checkpoint(folder: Path, run_dir: Path) -> str:
     save_checkpoint(
         store,
         Mesh(rank=0, world_size=1, local_rank=0, device=torch.device("cpu")),
-        _whole_slices(state),
+        _whole_slices(model, state),
         {"step": 0, "tokens": 0, "skipped_steps": 0, "engine": {"adam_step": 0}},
         _identity(config, tokenizer, (tokenizer_file,) if tokenizer is not None else ()),
     )
@@ -74,9 +75,12 @@ def hf_to_checkpoint(folder: Path, run_dir: Path) -> str:
     return f"{run_dir}: step 0 from {folder}{note}"
 
 
-def _whole_slices(state: Mapping[str, Tensor]) -> list[TensorSlice]:
+def _whole_slices(config: GPT2Model | LlamaModel, state: Mapping[str, Tensor]) -> list[TensorSlice]:
+    with torch.device("meta"):
+        names = [name for name, _ in build_model(config).named_parameters()]  # a tied head is named once
     slices = []
-    for name, tensor in state.items():
+    for name in names:
+        tensor = state[name]
         flat = tensor.float().reshape(-1)
         slices.append(
             TensorSlice(
@@ -103,7 +107,7 @@ def _described_run(model: GPT2Model | LlamaModel, run_dir: Path) -> TrainingRun:
 def _identity(config: TrainingRun, tokenizer: Tokenizer | None, files: tuple[Path, ...]) -> Identity:
     return Identity(
         config=json.loads(config.model_dump_json()),
-        data_fingerprint="imported",
+        data_fingerprint=None,
         tokenizer=tokenizer.describe() if tokenizer is not None else None,
         tokenizer_files=files,
         versions={"megagpt": __version__},

@@ -19,7 +19,7 @@ class Identity:
     """What a checkpoint says about the run it belongs to."""
 
     config: Mapping[str, Any]
-    data_fingerprint: str
+    data_fingerprint: str | None
     tokenizer: Mapping[str, Any] | None
     tokenizer_files: tuple[Path, ...]
     versions: Mapping[str, str]

@@ -43,8 +43,8 @@ class Manifest:
     """TrainState as plain values."""
     config: Mapping[str, Any]
     """The resolved configuration of the run."""
-    data_fingerprint: str
-    """Identity of the training samples and their order."""
+    data_fingerprint: str | None
+    """Identity of the training samples and their order; None for imported weights that have not trained here."""
     tokenizer: Mapping[str, Any] | None
     versions: Mapping[str, str]
     format: int = FORMAT

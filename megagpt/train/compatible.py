@@ -53,10 +53,10 @@ def check_resumable(config: TrainingRun, manifest: Manifest, data_fingerprint: s
         CheckpointError: naming each difference, both values.
     """
     current = config.model_dump(mode="json")
-    differences = [
-        difference for key in UNCHANGEABLE for difference in _differences(manifest.config, current, key.split("."))
-    ]
-    if manifest.data_fingerprint != data_fingerprint and not differences:
+    imported = manifest.data_fingerprint is None  # it has seen no samples yet, so any may come
+    keys = UNCHANGEABLE[:1] if imported else UNCHANGEABLE
+    differences = [difference for key in keys for difference in _differences(manifest.config, current, key.split("."))]
+    if not imported and manifest.data_fingerprint != data_fingerprint and not differences:
         differences.append("data.train holds other tokens, weights or sequence length")
     if differences:
         raise CheckpointError(
