@@ -6,6 +6,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 RUN    := runs/quickstart
+# A folder of benchmark files, where there is one: make quickstart EVAL_DATA=downloads/evals
+EVAL_DATA ?=
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: install quickstart test test-fast lint format clean
@@ -22,7 +24,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 quickstart: install
 	$(BIN)/megagpt data run configs/data/quickstart.yaml
 	$(BIN)/deepspeed launch/pretrain.py configs/quickstart.yaml
-	$(BIN)/megagpt eval run --checkpoint $(RUN) --tasks quickstart
+	$(BIN)/megagpt eval run --checkpoint $(RUN) --tasks fast $(if $(EVAL_DATA),--data $(EVAL_DATA))
 	$(BIN)/megagpt generate --checkpoint $(RUN) --prompt 'Return the'
 	$(BIN)/megagpt report $(RUN)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -41,7 +42,9 @@ def write_run_report(run_dir: Path) -> tuple[Path, Path]:
         "missing": run.missing,
         "scores": [row for evals in run.evals for result in evals.results for row in score_rows(evals.step, result)],
         "funnels": funnels,
-        "samples": [(evals.step, evals.generations) for evals in run.evals[-1:] if evals.generations],
+        "samples": [
+            (evals.step, [_readable(row) for row in evals.generations]) for evals in run.evals[-1:] if evals.generations
+        ],
         "history": history(run),
         "trail": trail_rows(run),
         "plan": _flat(run.plan or {}),
@@ -284,6 +287,12 @@ def _is_share(metric: Metric) -> bool:
     """A score from 0 to 1; a loss has no place on its axis. A stored null stands for NaN."""
     value: float | None = metric.value
     return value is not None and metric.higher_is_better and 0 <= value <= 1
+
+
+def _readable(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """A weak model writes screens of empty lines: they are counted instead of shown."""
+    text = re.sub(r"\n{4,}", lambda run: f"\n[{len(run[0]):,} line breaks]\n", sample["text"])
+    return {**sample, "text": text}
 
 
 def _flat(values: Mapping[str, Any], at: str = "") -> list[tuple[str, str]]:

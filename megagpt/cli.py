@@ -37,6 +37,12 @@ class _Examples(click.Command):
             formatter.write(self.epilog.strip("\n") + "\n")
 
 
+def _configs() -> Path:
+    """configs/ of the checkout that this file is part of, or of the working directory for an installed package."""
+    beside = Path(__file__).resolve().parent.parent / "configs"
+    return beside if beside.is_dir() else Path("configs")
+
+
 def _examples(*lines: str) -> dict[str, Any]:
     return {"cls": _Examples, "epilog": "\n".join(["Examples:", *(f"  {line}" for line in lines)])}
 
@@ -164,26 +170,31 @@ def eval_group() -> None:
 @click.option(
     "--tasks", default="fast", show_default=True, help="Task names and suites (configs/evals), comma-separated."
 )
-@click.option("--data", "data_dir", type=_PATH, help="Folder of local benchmark data; without it the hub is asked.")
 @click.option(
-    "--shots", type=click.IntRange(min=0), help="Few-shot examples; the suite's or task's own where not given."
+    "--data", "data_dir", type=_PATH, help="Folder of local benchmark data; what it lacks comes from the hub."
+)
+@click.option(
+    "--shots",
+    "n_shots",
+    type=click.IntRange(min=0),
+    help="Few-shot examples; the suite's or task's own where not given.",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Documents a task, the first ones; all where not given.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Sequences a forward.")
 @click.option(
     "--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True, help="Precision."
 )
-@click.option(
-    "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1; auto takes a GPU where there is one."
-)
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
 def eval_run(**options: Any) -> None:
     """Score a checkpoint; one JSON file a task in RUN/evals/STEP. What is scored already is reused."""
     from rich.console import Console
 
-    from evals.run import format_table, request_from_options, run_evals
+    from evals.results import format_table
+    from evals.run import EvalRequest, run_evals
 
+    options["tasks"] = tuple(name for name in options["tasks"].split(",") if name)
     console = Console()
-    console.print(format_table(run_evals(request_from_options(**options), console)))
+    console.print(format_table(run_evals(EvalRequest(**options, suites_dir=_configs() / "evals"), console)))
 
 
 @eval_group.command("prepare", **_examples("megagpt eval prepare --from downloads/evals --out eval_data"))

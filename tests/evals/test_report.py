@@ -275,6 +275,15 @@ def test_generated_text_cannot_act_as_html_or_markdown(report):
     assert f"````text\nReturn the{HOSTILE}\n````" in report.markdown
 
 
+def test_screens_of_empty_lines_are_counted_instead_of_shown(run_dir):
+    write_json(
+        run_dir / "evals" / "step_00000100" / "generations.json",
+        [{"prompt": "Return", "text": " it.\n\n\nkept" + "\n" * 46 + "end", "sampling": "greedy", "reason": ""}],
+    )
+    for path in write_run_report(run_dir):
+        assert " it.\n\n\nkept\n[46 line breaks]\nend" in path.read_text()
+
+
 def test_restarts_and_skipped_steps_are_told(report):
     for text in (squeeze(report.page.text), report.markdown):
         assert "resumed at step 40; the process before it ended without a word (killed)" in text
