@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from megagpt import __version__
 from megagpt.errors import MegaGPTError
 
 
@@ -52,7 +53,7 @@ _WITH_EXTRA_WORDS = {"ignore_unknown_options": True}
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="megagpt")
+@click.version_option(__version__)
 def main() -> None:
     """Distributed GPT pretraining on DeepSpeed: data preparation, training, evaluation, report."""
 

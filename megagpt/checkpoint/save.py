@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,10 +38,8 @@ def save_checkpoint(
         CheckpointError: on all ranks, if any of them could not write; nothing was published.
     """
     step = int(state["step"])
-    if mesh.is_main:
-        store.begin(step)
-    mesh.barrier()
     staging = store.staging_dir(step)
+    _on_main(mesh, lambda: store.begin(step), f"{staging}: not saved")
     files, failure = _write_own_files(staging, mesh, slices, identity)
     reports = mesh.gather((files, failure))
     failures = [report[1] for report in reports if report[1]]  # type: ignore[index]
@@ -56,10 +54,30 @@ def save_checkpoint(
         tokenizer=identity.tokenizer,
         versions=identity.versions,
     )
-    if mesh.is_main:
-        store.publish(manifest)
-    mesh.barrier()
+    _on_main(mesh, lambda: store.publish(manifest), f"{staging}: not saved")
     return manifest
+
+
+def prune_checkpoints(store: CheckpointStore, mesh: Mesh, keep_last: int, keep_every: int) -> None:
+    """Remove what the retention rule does not keep; every process waits for it.
+
+    Raises:
+        CheckpointError: on all ranks, if something could not be removed.
+    """
+    _on_main(mesh, lambda: store.prune(keep_last, keep_every), f"{store.folder}: old checkpoints not removed")
+
+
+def _on_main(mesh: Mesh, work: Callable[[], object], otherwise: str) -> None:
+    """Let the main rank do something to shared files; its failure is every rank's, so that none waits for it."""
+    failure: str | None = None
+    if mesh.is_main:
+        try:
+            work()
+        except (OSError, CheckpointError) as error:
+            failure = str(error)
+    failures = [found for found in mesh.gather(failure) if found]
+    if failures:
+        raise CheckpointError(f"{otherwise}: {failures[0]}")
 
 
 def _write_own_files(

@@ -3,7 +3,8 @@
     step_00000100.tmp/   being written: each rank's file, then manifest.json, each fsynced
     step_00000100/       published by one rename; valid by its manifest, never by a pointer file
 
-`manifest.json` lists every file with its size and xxh3-128, computed from memory by the rank that wrote it.
+`manifest.json` lists every file with its size and xxh3-128, computed from memory by the rank that wrote it, and holds
+the xxh3-128 of its own content.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from megagpt.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+_CHECKSUM = "xxh3_128"
 _STEP_DIR = re.compile(r"step_(\d{8,})")
 
 
@@ -59,8 +61,14 @@ class Manifest:
         return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
     def to_json(self) -> bytes:
-        """As it is written to disk."""
-        return (json.dumps(asdict(self), indent=1, sort_keys=True) + "\n").encode()
+        """As it is written to disk, with the checksum of all the rest."""
+        content = asdict(self)
+        return (json.dumps(content | {_CHECKSUM: _checksum(content)}, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    """xxh3-128 of a manifest's values, however they are spaced."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
 def read_manifest(step_dir: Path) -> Manifest:
@@ -74,6 +82,8 @@ def read_manifest(step_dir: Path) -> Manifest:
         content = json.loads(path.read_bytes())
         if content["format"] != FORMAT:
             raise CheckpointError(f"{path}: format {content['format']}; this version reads format {FORMAT}")
+        if content.pop(_CHECKSUM) != _checksum(content):
+            raise CheckpointError(f"{path}: damaged: its content is not what its own checksum says")
         files = {name: FileEntry(**entry) for name, entry in content.pop("files").items()}
         return Manifest(files=files, **content)
     except FileNotFoundError:

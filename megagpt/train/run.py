@@ -18,7 +18,7 @@ from rich.console import Console
 
 from megagpt.atomic import write_file
 from megagpt.checkpoint.open import CHECKPOINTS, rank_files
-from megagpt.checkpoint.save import Identity, save_checkpoint, verify_together
+from megagpt.checkpoint.save import Identity, prune_checkpoints, save_checkpoint, verify_together
 from megagpt.checkpoint.store import CheckpointStore, Manifest
 from megagpt.checkpoint.tensors import SliceReader
 from megagpt.config.load import dump_config
@@ -108,7 +108,7 @@ def run_training(config: TrainingRun, plan: BatchPlan, launch: Launch, console: 
             ),
         )
     if mesh.is_main:
-        event = "stopped" if stop.requested and final.step < config.train.max_steps else "finished"
+        event = "stopped" if final.step < config.train.max_steps else "finished"
         log_event(config.run.dir, event, final.step)
     mesh.barrier()
     torch.distributed.destroy_process_group()
@@ -242,8 +242,7 @@ def _saver(
 ) -> Callable[[TrainState], None]:
     def save(state: TrainState) -> None:
         save_checkpoint(store, engine.mesh, engine.owned_slices(), state.to_dict(), identity)
-        if engine.mesh.is_main:
-            store.prune(config.checkpoint.keep_last, config.checkpoint.keep_every)
+        prune_checkpoints(store, engine.mesh, config.checkpoint.keep_last, config.checkpoint.keep_every)
 
     return save
 

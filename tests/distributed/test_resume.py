@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -99,7 +100,6 @@ def test_a_run_killed_at_random_moments_ends_as_the_unbroken_one(tmp_path, comma
         reached.append(published(killed)[-1])
     codes, output = run(command(killed, *slow), tmp_path / "last.log")
     assert codes == [0, 0], output
-    assert f"resuming" not in output or reached[-1] > 0
     group.finish()
     assert reached == sorted(reached)
     assert reached[0] < 40
@@ -121,10 +121,7 @@ def test_sigterm_saves_exits_0_and_the_same_command_goes_on(tmp_path, command):
     words = command(run_dir, "train.max_steps=100", "checkpoint.save_every=0", "log.progress=true")
     group = start(train_command, 2, words, log=tmp_path / "log")
     wait_until(lambda: (run_dir / "metrics.jsonl").exists() and len(rows(run_dir)) > 3)
-    group.processes[1].pid  # one rank alone is told; all must learn of it
-    import os
-
-    os.kill(group.processes[1].pid, signal.SIGTERM)
+    os.kill(group.processes[1].pid, signal.SIGTERM)  # one rank alone is told; all must learn of it
     assert group.wait() == [0, 0], group.output()
     (stopped_at,) = published(run_dir)
     assert 0 < stopped_at < 100

@@ -1,0 +1,108 @@
+"""What DeepSpeed is told: only keys that it reads, and nothing twice."""
+
+from __future__ import annotations
+
+import pytest
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+from megagpt.engine.ds_config import EXTRA_KEYS, ds_config
+from megagpt.errors import ConfigError
+from megagpt.parallel.plan import plan_batches
+from tests.tiny import run_config
+
+
+@pytest.fixture
+def settings(tmp_path):
+    def make(*overrides):
+        config = run_config(tmp_path, tmp_path / "tokens", *overrides)
+        return ds_config(config, plan_batches(config, 2))
+
+    return make
+
+
+def deepspeed_source(*names):
+    from importlib.util import find_spec
+    from pathlib import Path
+
+    root = Path(find_spec("deepspeed").origin).parent
+    return "\n".join(path.read_text() for name in names for path in sorted(root.glob(name)))
+
+
+def test_batch_sizes_and_clipping_are_always_said(settings):
+    """DeepSpeed clips at 1.0 where the key is absent, and works out batch sizes that are absent."""
+    told = settings("optim.grad_clip=0")
+    assert told["gradient_clipping"] == 0.0
+    assert told["train_batch_size"] == 8
+    assert told["train_micro_batch_size_per_gpu"] == 2
+    assert told["gradient_accumulation_steps"] == 2
+
+
+def test_deepspeed_reads_our_values_as_they_are_meant(settings):
+    parsed = DeepSpeedConfig(settings("optim.grad_clip=0", "train.dtype=bf16", "parallel.zero_stage=2") | BATCH_FOR_ONE)
+    assert parsed.gradient_clipping == 0.0
+    assert parsed.zero_optimization_stage == 2
+    assert parsed.bfloat16_config.enabled
+    assert not parsed.float16_config.enabled
+    assert parsed.grad_accum_dtype == "fp32"
+
+
+BATCH_FOR_ONE = {"train_batch_size": 4}
+"""This test is one process; the settings are for two."""
+
+
+def test_deepspeed_clips_at_1_where_the_key_is_absent(settings):
+    """The trap that makes us always say it. Where this fails, the comment in ds_config.py may go."""
+    told = settings() | BATCH_FOR_ONE
+    del told["gradient_clipping"]
+    assert DeepSpeedConfig(told).gradient_clipping == 1.0
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_every_key_is_one_that_deepspeed_reads(stage, dtype, settings):
+    if stage == 0 and dtype != "fp32":
+        return
+    told = settings(f"parallel.zero_stage={stage}", f"train.dtype={dtype}")
+    sections = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
+    for name, section in sections.items():
+        assert told.get(name, {}).keys() <= section.model_fields.keys()
+    source = deepspeed_source("runtime/*.py", "runtime/zero/*.py")
+    for key in [*told, *told.get("data_types", {})]:
+        assert f'"{key}"' in source, key
+
+
+@pytest.mark.parametrize("key", sorted(EXTRA_KEYS))
+def test_every_key_that_may_be_passed_through_is_one_that_deepspeed_reads(key):
+    source = deepspeed_source("runtime/*.py", "runtime/**/*.py", "profiling/*.py", "comm/*.py", "compile/*.py")
+    assert f'"{key}"' in source or f"'{key}'" in source
+
+
+def test_extra_settings_are_added_beside_ours(settings):
+    extra = "parallel.extra={zero_optimization: {reduce_bucket_size: 1000}, wall_clock_breakdown: true}"
+    told = settings("parallel.zero_stage=2", extra)
+    assert told["zero_optimization"] == {"stage": 2, "contiguous_gradients": True, "reduce_bucket_size": 1000}
+    assert told["wall_clock_breakdown"] is True
+
+
+def test_extra_scaler_settings_join_the_precision(settings):
+    told = settings("train.dtype=fp16", "parallel.extra={fp16: {loss_scale_window: 5}}")
+    assert told["fp16"] == {"enabled": True, "loss_scale_window": 5}
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("{zero_optimisation: {}}", r"parallel.extra.zero_optimisation: .*did you mean 'zero_optimization'\?"),
+        ("{qqqq: 1}", r"parallel.extra.qqqq: .*known: activation_checkpointing, aio"),
+        ("{train_batch_size: 4}", r"parallel.extra.train_batch_size: .*or megagpt sets it"),
+        ("{gradient_clipping: 2.0}", r"parallel.extra.gradient_clipping"),
+        ("{optimizer: {type: Adam}}", r"parallel.extra.optimizer"),
+        ("{zero_optimization: {stage: 3}}", r"parallel.extra.zero_optimization.stage: megagpt sets this itself \(1\)"),
+        ("{zero_optimization: 3}", r"parallel.extra.zero_optimization: megagpt sets this itself"),
+    ],
+)
+def test_extra_settings_that_are_unknown_or_contradict_ours_are_refused(extra, message, settings):
+    with pytest.raises(ConfigError, match=message):
+        settings(f"parallel.extra={extra}")

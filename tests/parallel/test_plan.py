@@ -1,0 +1,91 @@
+"""Batch arithmetic by hand, and which samples each rank takes."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megagpt.errors import ConfigError
+from megagpt.parallel.plan import REFUSALS, BatchPlan, check_layout, plan_batches
+from tests.tiny import SEQ_LEN, run_config
+
+
+@pytest.fixture
+def config(tmp_path):
+    return lambda *overrides: run_config(tmp_path, tmp_path / "tokens", *overrides)
+
+
+def test_a_step_is_divided_over_processes_and_micro_batches(config):
+    plan = plan_batches(config("train.global_batch_size=24", "train.micro_batch_size=2"), world_size=3)
+    assert plan == BatchPlan(data_parallel=3, micro_batch_size=2, grad_accum_steps=4, seq_len=SEQ_LEN)
+    assert plan.global_batch_size == 24
+    assert plan.tokens_per_step == 24 * SEQ_LEN
+    assert plan.sample_indices(step=1, data_parallel_rank=2) == [
+        range(28, 30),
+        range(34, 36),
+        range(40, 42),
+        range(46, 48),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "batch", "micro", "nearest"),
+    [(3, 8, 2, "= 6; the nearest that fit: 6 or 12"), (4, 4, 2, "= 8; the nearest that fit: 8$"), (5, 12, 4, "= 20")],
+)
+def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_that_do(world_size, batch, micro, nearest, config):
+    with pytest.raises(ConfigError, match=rf"train.global_batch_size \({batch}\) must be a multiple.*{nearest}"):
+        plan_batches(config(f"train.global_batch_size={batch}", f"train.micro_batch_size={micro}"), world_size)
+
+
+@given(
+    data_parallel=st.integers(1, 9),
+    micro=st.integers(1, 5),
+    accumulation=st.integers(1, 5),
+    step=st.integers(0, 10**12),
+)
+def test_the_ranks_of_any_layout_share_out_the_samples_of_a_step(data_parallel, micro, accumulation, step):
+    plan = BatchPlan(data_parallel, micro, accumulation, seq_len=8)
+    per_rank = [plan.sample_indices(step, rank) for rank in range(data_parallel)]
+    assert all(len(ranges) == accumulation and all(len(one) == micro for one in ranges) for ranges in per_rank)
+    taken = sorted(index for ranges in per_rank for one in ranges for index in one)
+    batch = plan.global_batch_size
+    assert taken == list(range(step * batch, (step + 1) * batch))
+
+
+REFUSED = {
+    "zero_stage=0 with bf16": ("parallel.zero_stage=0", "train.dtype=bf16"),
+    "zero_stage=0 with fp16": ("parallel.zero_stage=0", "train.dtype=fp16"),
+    "parallel.tensor above 1": ("parallel.tensor=2",),
+    "parallel.pipeline above 1": ("parallel.pipeline=2",),
+    "sequence parallelism": ("parallel.sequence=2",),
+    "sequence parallelism: this version has none": ("parallel.tensor_sequence=true",),
+}
+
+
+@pytest.mark.parametrize(("reason", "overrides"), REFUSED.items())
+def test_what_cannot_be_run_is_refused_with_the_reason_and_a_way_out(reason, overrides, config):
+    with pytest.raises(ConfigError) as refused:
+        check_layout(config(*overrides))
+    message = str(refused.value)
+    (rule,) = [rule for rule in REFUSALS if rule.applies(config(*overrides))]
+    assert rule.reason in message
+    assert f"; use {rule.instead}" in message
+    assert reason.split(" with ")[0] in message
+
+
+def test_every_refusal_is_among_the_tested_ones(config):
+    applied = {rule.reason for rule in REFUSALS for words in REFUSED.values() if rule.applies(config(*words))}
+    assert applied == {rule.reason for rule in REFUSALS}
+
+
+def test_several_refusals_are_told_at_once(config):
+    with pytest.raises(ConfigError, match=r"parallel.tensor above 1(.|\n)*parallel.pipeline above 1"):
+        check_layout(config("parallel.tensor=2", "parallel.pipeline=2"))
+
+
+def test_zero_0_in_fp32_and_every_other_stage_in_every_precision_are_allowed(config):
+    check_layout(config("parallel.zero_stage=0"))
+    for stage in (1, 2, 3):
+        for dtype in ("fp32", "bf16", "fp16"):
+            check_layout(config(f"parallel.zero_stage={stage}", f"train.dtype={dtype}"))

@@ -1,0 +1,67 @@
+"""metrics.jsonl after a kill: no row twice, none cut in two."""
+
+import json
+
+import pytest
+
+from megagpt.errors import MegaGPTError
+from megagpt.train.metrics import JsonlSink, Metrics, TensorBoardSink, WandbSink
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_rows_after_the_resumed_step_and_a_cut_line_are_removed(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    written = [{"step": 0, "val_loss": 9.0}, *({"step": step, "loss": 1.0 / step} for step in range(1, 8))]
+    path.write_text("".join(json.dumps(row) + "\n" for row in written) + '{"step": 8, "lo')
+    sink = JsonlSink(path, resume_step=5)
+    assert rows(path) == written[:6]
+    sink.write({"step": 6, "loss": 0.5})
+    assert rows(path) == [*written[:6], {"step": 6, "loss": 0.5}]  # at once, not only when closed
+    sink.close()
+
+
+def test_a_run_that_starts_at_step_0_keeps_no_row(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0, "val_loss": 9.0}\n{"step": 1, "loss": 2.0}\n')
+    JsonlSink(path, resume_step=-1).close()
+    assert path.read_text() == ""
+
+
+def test_lines_that_are_no_rows_are_removed(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('[1]\n{"loss": 2.0}\n\nnull\n{"step": 1, "loss": 2.0}\n')
+    JsonlSink(path, resume_step=3).close()
+    assert rows(path) == [{"step": 1, "loss": 2.0}]
+
+
+def test_every_sink_gets_every_row(tmp_path):
+    metrics = Metrics([JsonlSink(tmp_path / "a", -1), JsonlSink(tmp_path / "b", -1)])
+    metrics.write({"step": 1, "loss": 2.0, "grad_norm": None})
+    metrics.close()
+    assert rows(tmp_path / "a") == rows(tmp_path / "b") == [{"step": 1, "loss": 2.0, "grad_norm": None}]
+
+
+@pytest.mark.filterwarnings("default")
+def test_tensorboard_reads_what_was_written(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    sink = TensorBoardSink(tmp_path, resume_step=0)
+    sink.write({"step": 1, "loss": 2.5, "grad_norm": None})
+    sink.write({"step": 2, "loss": 1.5, "grad_norm": 0.5})
+    sink.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 2.5), (2, 1.5)]
+    assert [(event.step, event.value) for event in events.Scalars("grad_norm")] == [(2, 0.5)]
+
+
+def test_a_missing_wandb_is_told_with_the_extra_to_install(tmp_path):
+    from importlib.util import find_spec
+
+    if find_spec("wandb"):
+        pytest.skip("wandb is installed here")
+    with pytest.raises(MegaGPTError, match=r"pip install 'megagpt\[wandb\]'"):
+        WandbSink("project", tmp_path, {})
