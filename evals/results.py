@@ -127,13 +127,16 @@ def make_metric(value: float, stderr: float | None, n: int, *, is_proportion: bo
 
 
 def format_table(results: Sequence[TaskResult]) -> Table:
-    """One row a metric: score, 95 % interval, chance, documents, shots, truncation; or why there is none."""
+    """One row a metric: score, 95 % interval, chance, documents, shots, prompts that were cut.
+
+    Why a task is unavailable was said when it was tried.
+    """
     table = Table(title_justify="left")
-    for column in ("task", "metric", "score", "95% interval", "chance", "n", "shots", "truncated", "note"):
-        table.add_column(column, overflow="fold")
+    for column in ("task", "metric", "score", "95% interval", "chance", "n", "shots", "cut"):
+        table.add_column(column, no_wrap=True)
     for result in results:
         if result.status != "ok":
-            table.add_row(result.task, "", "unavailable", "", "", "", "", "", result.reason)
+            table.add_row(result.task, "", "unavailable")
             continue
         for index, (name, metric) in enumerate(result.metrics.items()):
             interval = "" if metric.ci95 is None else f"{metric.ci95[0]:.4f} .. {metric.ci95[1]:.4f}"
@@ -150,7 +153,6 @@ def format_table(results: Sequence[TaskResult]) -> Table:
                 n if first else "",
                 shots if first else "",
                 str(result.truncated) if first else "",
-                "reused" if first and result.reused else "",
             )
     return table
 

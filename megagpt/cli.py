@@ -7,15 +7,13 @@ and loads no torch.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
 from megagpt import __version__
-from megagpt.errors import MegaGPTError
+from megagpt.errors import CheckpointError, MegaGPTError
 
 
 class _Commands(click.Group):
@@ -87,7 +85,7 @@ def train(configs: tuple[str, ...], processes: int | None, launcher_args: str, c
         click.echo(plan_as_text(describe_plan(config, plan_batches(config, processes or 1))))
         return
     command = launcher_command(processes, launcher_args, configs)
-    sys.exit(subprocess.run(command, env=os.environ | {"PYTHONUNBUFFERED": "1"}, check=False).returncode)
+    os.execve(command[0], command, os.environ | {"PYTHONUNBUFFERED": "1"})  # signals then reach the launcher itself
 
 
 @main.group(cls=_Commands)
@@ -232,7 +230,10 @@ def report(run_dir: Path, samples: bool) -> None:  # noqa: FBT001
     from evals.report import write_run_report
 
     if samples:
-        write_generations(run_dir, DEFAULT_PROMPTS, n_tokens=60, seed=0)
+        try:
+            write_generations(run_dir, DEFAULT_PROMPTS, n_tokens=60, seed=0)
+        except CheckpointError as error:  # the report goes without, and says so
+            click.secho(f"no samples: {error}", err=True)
     for path in write_run_report(run_dir):
         click.echo(path)
 

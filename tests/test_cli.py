@@ -75,7 +75,9 @@ def test_no_line_of_any_help_is_broken_inside_an_example():
         assert all(line.startswith("  megagpt ") for line in examples.splitlines() if line.strip())
 
 
-@pytest.mark.parametrize("words", [["frobnicate"], ["data", "frobnicate"], ["report"], ["train"], ["eval", "run", "--limit", "0"]])
+@pytest.mark.parametrize(
+    "words", [["frobnicate"], ["data", "frobnicate"], ["report"], ["train"], ["eval", "run", "--limit", "0"]]
+)
 def test_a_wrong_command_line_ends_with_2_and_shows_the_usage(words):
     result = invoke(*words)
     assert result.exit_code == 2

@@ -81,7 +81,6 @@ class Engine:
         if self._fp16:
             unscale_with_the_scale_of_the_step(self._engine.optimizer)
         self.model: Decoder = self._engine.module
-        self.model.reset_buffers()  # DeepSpeed's cast to bf16 would leave rotary tables with 8 bits
         self.dtype = _TORCH_DTYPES[config.train.dtype]
 
     @property

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -44,6 +42,7 @@ from megagpt.train.optim import parameter_groups
 from megagpt.train.progress import ProgressLine
 from megagpt.train.schedule import lr_schedule
 from megagpt.train.state import TrainState
+from megagpt.train.stop import StopRequest
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """A collective that waits longer than this ends the run; saves and evaluations of large models fit into it."""
@@ -91,7 +90,7 @@ def run_training(config: TrainingRun, plan: BatchPlan, launch: Launch, console: 
     progress = ProgressLine(console, config.train.max_steps, state.step, shown=mesh.is_main and config.log.progress)
     with progress, closing(_open_metrics(config, state.step, mesh)) as metrics:
         progress.say(_greeting(config, state, engine))
-        stop = SignalFlag()
+        stop = StopRequest()
         final = train(
             config,
             state,
@@ -112,18 +111,6 @@ def run_training(config: TrainingRun, plan: BatchPlan, launch: Launch, console: 
         log_event(config.run.dir, event, final.step)
     mesh.barrier()
     torch.distributed.destroy_process_group()
-
-
-class SignalFlag:
-    """Remembers SIGTERM (a scheduler's request to stop) and SIGUSR1 (its early warning)."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - signal's signature
-        self.requested = True
 
 
 def log_event(run_dir: Path, event: str, step: int, **details: Any) -> None:

@@ -70,7 +70,7 @@ def test_a_checkpoint_without_tokenizer_says_what_to_set(run_and_models):
 def test_what_cannot_be_opened_is_told(tmp_path):
     with pytest.raises(CheckpointError, match="no such folder; name a run"):
         open_checkpoint(tmp_path / "absent")
-    with pytest.raises(CheckpointError, match="holds no complete checkpoint$"):
+    with pytest.raises(CheckpointError, match=r"holds no complete checkpoint$"):
         open_checkpoint(tmp_path)
     (tmp_path / "checkpoints" / "step_00000001.tmp").mkdir(parents=True)
     with pytest.raises(CheckpointError, match=r"no complete checkpoint; step_00000001.tmp was never finished"):

@@ -111,7 +111,7 @@ def test_a_manifest_of_another_format_says_which(store):
 def test_a_manifest_cannot_name_files_outside_its_folder(name, store):
     path = store.step_dir(2) / "manifest.json"
     rewrite(path, files={name: {"bytes": 1, "xxh3_128": "0"}})
-    with pytest.raises(CheckpointError, match="leaves the checkpoint's folder|cannot be read"):
+    with pytest.raises(CheckpointError, match=r"leaves the checkpoint's folder|cannot be read"):
         verify_checkpoint(store.step_dir(2))
 
 
@@ -161,7 +161,9 @@ def test_the_hash_names_the_weights_not_the_step(tmp_path):
 def test_the_list_shows_each_checkpoint_and_verify_names_every_damaged_one(store):
     lines = list_checkpoints(store.folder.parent).splitlines()
     assert [line.split()[1] for line in lines] == ["1", "2"]
-    assert all(line.endswith(read_manifest(store.step_dir(step)).hash) for line, step in zip(lines, (1, 2), strict=True))
+    assert all(
+        line.endswith(read_manifest(store.step_dir(step)).hash) for line, step in zip(lines, (1, 2), strict=True)
+    )
     assert "2 checkpoints" in verify_all(store.folder.parent)
     for step in (1, 2):
         (store.step_dir(step) / TENSORS).unlink()

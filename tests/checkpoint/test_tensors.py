@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -21,7 +23,7 @@ def part(start, end):
 def write(folder, *cuts):
     """A file for each part between two cuts."""
     files = []
-    for rank, (start, end) in enumerate(zip(cuts, cuts[1:], strict=False)):
+    for rank, (start, end) in enumerate(pairwise(cuts)):
         files.append(folder / f"rank_{rank:05d}.safetensors")
         write_slices(files[-1], [part(start, end)])
     return files
@@ -65,7 +67,7 @@ def test_a_missing_part_is_told(tmp_path):
 def test_an_unknown_tensor_is_told(tmp_path):
     with (
         SliceReader(write(tmp_path, 0, 35)) as reader,
-        pytest.raises(CheckpointError, match="no tensor 'v'; it belongs to another model.*example 'w'"),
+        pytest.raises(CheckpointError, match=r"no tensor 'v'; it belongs to another model.*example 'w'"),
     ):
         reader.read("v", "weight", 0, 1)
 

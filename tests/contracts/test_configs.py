@@ -52,7 +52,10 @@ def test_a_data_job_loads(path):
 
 
 def test_the_quickstart_trains_on_what_its_data_job_writes():
-    run, job = load_config(TrainingRun, [CONFIGS / "quickstart.yaml"]), load_config(DataJob, [CONFIGS / "data/quickstart.yaml"])
+    run, job = (
+        load_config(TrainingRun, [CONFIGS / "quickstart.yaml"]),
+        load_config(DataJob, [CONFIGS / "data/quickstart.yaml"]),
+    )
     name = job.pack.name
     assert run.data.train == job.out / f"{name}_train"
     assert run.data.val == job.out / f"{name}_val"

@@ -13,7 +13,9 @@ from megagpt.config.load import Section, section_types
 from megagpt.config.schema import TrainingRun
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = sorted(path for folder in ("megagpt", "data_pipeline", "evals", "launch") for path in (ROOT / folder).rglob("*.py"))
+FILES = sorted(
+    path for folder in ("megagpt", "data_pipeline", "evals", "launch") for path in (ROOT / folder).rglob("*.py")
+)
 MAY_READ_THE_ENVIRONMENT = {
     "megagpt/cli.py",
     "megagpt/train/__main__.py",

@@ -66,21 +66,18 @@ def jobs_of(world_size, where, configured):
         family, processes, stage, accumulation = layout
         if processes == world_size:
             micro = BATCH // processes // accumulation
-            config = configured(
-                f"parallel.zero_stage={stage}", f"train.micro_batch_size={micro}", family=family
-            )
+            config = configured(f"parallel.zero_stage={stage}", f"train.micro_batch_size={micro}", family=family)
             name = layout_name(*layout)
             jobs.append(Job(name, config, STEPS, save=where / name if accumulation == 4 else None))
     for stage, recompute, family in RECOMPUTED:
         options = (f"parallel.zero_stage={stage}", f"train.recompute={recompute}")
         jobs.append(Job(f"{recompute}-{family}-{world_size}p", configured(*options, family=family), STEPS))
     for stage in (1, 3):
-        for dtype in ("fp32", "bf16"):
-            options = (f"parallel.zero_stage={stage}", f"train.dtype={dtype}")
-            jobs.append(Job(f"{dtype}-{world_size}p-zero{stage}", configured(*options), STEPS))
+        options = (f"parallel.zero_stage={stage}", "train.dtype=bf16")
+        jobs.append(Job(f"bf16-{world_size}p-zero{stage}", configured(*options), STEPS))
     accumulating = configured("parallel.zero_stage=2", f"train.micro_batch_size={2 // world_size}")
     jobs += [
-        Job(f"swapped-{world_size}p-{index}", accumulating, 2, swap_micro_batch=index) for index in (None, 0, 1, 2, 3)
+        Job(f"swapped-{world_size}p-{index}", accumulating, 1, swap_micro_batch=index) for index in (None, 0, 1, 2, 3)
     ]
     return jobs
 
@@ -124,22 +121,19 @@ def test_recomputing_activations_changes_nothing(stage, recompute, family, world
 
 @pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_bf16_stays_near_fp32(world_size, stage, measured):
-    bf16, fp32 = (measured[f"{dtype}-{world_size}p-zero{stage}"].losses for dtype in ("bf16", "fp32"))
-    assert max(abs(a - b) for a, b in zip(bf16, fp32, strict=True)) < 1e-2
-    assert bf16 != fp32
+def test_bf16_stays_near_fp32(world_size, stage, measured, references):
+    assert 1e-5 < relative(measured[f"bf16-{world_size}p-zero{stage}"].losses, references["gpt2"].losses) < 2e-3
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_every_micro_batch_reaches_the_update(world_size, measured):
-    """Replacing any one of them changes the norm of the first step and the loss of the second."""
+    """Replacing any one of them changes the gradient of the first step."""
     whole = measured[f"swapped-{world_size}p-None"]
     for index in range(4):
         swapped = measured[f"swapped-{world_size}p-{index}"]
-        assert relative(swapped.grad_norms[:1], whole.grad_norms[:1]) > 1e-3
-        assert relative(swapped.losses[1:], whole.losses[1:]) > 1e-4
+        assert relative(swapped.grad_norms, whole.grad_norms) > 1e-3
 
 
-@pytest.mark.parametrize(("stage", "optimizer"), [(1, "DeepSpeedZeroOptimizer"), (3, "DeepSpeedZeroOptimizer_Stage3")])
+@pytest.mark.parametrize(("stage", "optimizer"), [(1, "BF16_Optimizer"), (3, "DeepSpeedZeroOptimizer_Stage3")])
 def test_bf16_runs_under_the_optimizer_that_accumulates_in_fp32(stage, optimizer, measured):
     assert measured[f"bf16-2p-zero{stage}"].optimizer == optimizer

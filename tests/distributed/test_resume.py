@@ -81,9 +81,10 @@ def test_a_resumed_run_is_bit_for_bit_the_unbroken_one(dtype, stage, tmp_path, c
     assert [row["step"] for row in metrics if "val_loss" in row] == [0, 4, 8, 12]
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_as_the_unbroken_one(tmp_path, command):
     """SIGKILL to all processes: at a random moment, and while a checkpoint is being written."""
-    slow = ["checkpoint.save_every=1", "checkpoint.keep_last=2", "train.max_steps=40", "parallel.zero_stage=2"]
+    slow = ["checkpoint.save_every=1", "checkpoint.keep_last=2", "train.max_steps=30", "parallel.zero_stage=2"]
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
     group = start(train_command, 2, command(unbroken, *slow), log=tmp_path / "unbroken.log")
     choose = random.Random(5)
@@ -102,14 +103,14 @@ def test_a_run_killed_at_random_moments_ends_as_the_unbroken_one(tmp_path, comma
     assert codes == [0, 0], output
     group.finish()
     assert reached == sorted(reached)
-    assert reached[0] < 40
-    assert files_of(killed, 40) == files_of(unbroken, 40)
+    assert reached[0] < 30
+    assert files_of(killed, 30) == files_of(unbroken, 30)
     assert rows(killed) == rows(unbroken)
-    assert published(killed) == [39, 40]
+    assert published(killed) == [29, 30]
     assert not list((killed / "checkpoints").glob("*.tmp"))
 
 
-def wait_until(condition, seconds=60.0):
+def wait_until(condition, seconds=180.0):
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "it did not come"

@@ -21,7 +21,9 @@ def rows_of(batches):
     return sorted(tuple(row) for batch in batches for row in batch.tolist())
 
 
-@pytest.mark.parametrize(("world_size", "micro", "accumulation"), [(1, 8, 1), (1, 2, 4), (2, 4, 1), (2, 1, 4), (4, 2, 1)])
+@pytest.mark.parametrize(
+    ("world_size", "micro", "accumulation"), [(1, 8, 1), (1, 2, 4), (2, 4, 1), (2, 1, 4), (4, 2, 1)]
+)
 def test_a_step_holds_the_same_samples_in_every_layout(world_size, micro, accumulation, tokens):
     mixture = open_mixture(tokens, SEQ, 7)
     plan = BatchPlan(world_size, micro, accumulation, SEQ)

@@ -37,5 +37,14 @@ def test_the_launchers_environment_is_read():
 def test_the_launcher_of_this_environment_is_started():
     command = launcher_command(2, "--hostfile 'my hosts'", ["a.yaml", "optim.lr=1"])
     assert command[0] == str(Path(sys.executable).with_name("deepspeed"))
-    assert command[1:] == ["--num_accelerators", "2", "--hostfile", "my hosts", "--module", "megagpt.train", "a.yaml", "optim.lr=1"]
+    assert command[1:] == [
+        "--num_accelerators",
+        "2",
+        "--hostfile",
+        "my hosts",
+        "--module",
+        "megagpt.train",
+        "a.yaml",
+        "optim.lr=1",
+    ]
     assert "--num_accelerators" not in launcher_command(None, "", ["a.yaml"])

@@ -83,7 +83,9 @@ def make_tokenizer(folder, text):
 
     folder.mkdir()
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator([text], vocab_size=300, min_frequency=1, special_tokens=["<|endoftext|>"], show_progress=False)
+    bpe.train_from_iterator(
+        [text], vocab_size=300, min_frequency=1, special_tokens=["<|endoftext|>"], show_progress=False
+    )
     bpe.save(str(folder / "tokenizer.json"))
     return open_tokenizer(str(folder / "tokenizer.json"))
 
@@ -104,7 +106,9 @@ def described_tokens(tmp_path):
 
 def test_tokens_of_another_tokenizer(told, described_tokens, tmp_path):
     other = make_tokenizer(tmp_path / "other", "words of quite another kind, with numbers 12345 and more 67890")
-    message = told(f"data.tokenizer={tmp_path / 'other' / 'tokenizer.json'}", "model.vocab_size=400", data=described_tokens)
+    message = told(
+        f"data.tokenizer={tmp_path / 'other' / 'tokenizer.json'}", "model.vocab_size=400", data=described_tokens
+    )
     assert "was made with another tokenizer" in message
     assert other.fingerprint in message
 

@@ -1,0 +1,46 @@
+"""When a run is asked to stop: a signal, or the death of the launcher that would have passed one on."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+import psutil
+
+
+class StopRequest:
+    """True from SIGTERM (a scheduler's request), SIGUSR1 (its early warning), or the end of `deepspeed` itself.
+
+    `deepspeed` starts `launch.py`, which starts the ranks; a SIGTERM to the first ends it without a word to the others,
+    and the ranks would train on unseen.
+    """
+
+    def __init__(self) -> None:
+        self._signalled = False
+        self._launcher = _deepspeed_above()
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._on_signal)
+
+    @property
+    def requested(self) -> bool:
+        """Whether to save and stop."""
+        return self._signalled or (self._launcher is not None and not self._launcher.is_running())
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - signal's signature
+        self._signalled = True
+
+
+def _deepspeed_above() -> psutil.Process | None:
+    """The `deepspeed` process two above this one, on the host where it runs; None under any other launcher."""
+    ancestors = psutil.Process().parents()
+    if len(ancestors) < 2 or not any("deepspeed.launcher.launch" in word for word in _words(ancestors[0])):
+        return None
+    is_deepspeed = any(word.endswith("/deepspeed") or word == "deepspeed" for word in _words(ancestors[1]))
+    return ancestors[1] if is_deepspeed else None
+
+
+def _words(process: psutil.Process) -> list[str]:
+    try:
+        return [str(word) for word in process.cmdline()]
+    except psutil.Error:
+        return []
