@@ -104,6 +104,12 @@ def _bits_per_byte(evals: Iterable[StepEvals]) -> list[tuple[str, str, str]]:
     return [("bits per byte", numbers.score(metric.value), note)]
 
 
+def _origin(result: TaskResult) -> str:
+    """Where the documents came from, short: a local folder by its last two names, as on the hub."""
+    known = Path(str(result.data.get("path_or_id") or ""))
+    return " ".join([str(result.data.get("origin") or ""), "/".join(known.parts[-2:])]).strip()
+
+
 def score_rows(step: int, result: TaskResult) -> list[dict[str, Any]]:
     """One row a metric; one row with the reason for a task that could not be run."""
     limit = result.settings.get("limit")
@@ -116,7 +122,7 @@ def score_rows(step: int, result: TaskResult) -> list[dict[str, Any]]:
         "limit": "none" if limit is None else f"{limit:,}",
         "truncated": f"{result.truncated:,}",
         "version": result.task_version or "",
-        "origin": " ".join(str(result.data[key]) for key in ("origin", "path_or_id") if result.data.get(key)),
+        "origin": _origin(result),
         "seconds": numbers.duration(result.seconds),
         "hash": str(result.checkpoint.get("hash", "")),
     }

@@ -133,7 +133,7 @@ def format_table(results: Sequence[TaskResult]) -> Table:
     """
     table = Table(title_justify="left")
     for column in ("task", "metric", "score", "95% interval", "chance", "n", "shots", "cut"):
-        table.add_column(column, no_wrap=True)
+        table.add_column(column, overflow="fold")
     for result in results:
         if result.status != "ok":
             table.add_row(result.task, "", "unavailable")

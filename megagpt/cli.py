@@ -193,6 +193,8 @@ def eval_run(**options: Any) -> None:
 
     options["tasks"] = tuple(name for name in options["tasks"].split(",") if name)
     console = Console()
+    if not console.is_terminal:  # a log file has no width
+        console.width = 120
     console.print(format_table(run_evals(EvalRequest(**options, suites_dir=_configs() / "evals"), console)))
 
 
