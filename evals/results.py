@@ -127,7 +127,7 @@ def make_metric(value: float, stderr: float | None, n: int, *, is_proportion: bo
 
 
 def format_table(results: Sequence[TaskResult]) -> Table:
-    """One row a metric: score, 95 % interval, chance, documents, shots, prompts that were cut; below it, what is unavailable."""
+    """One row a metric: score, 95 % interval, chance, documents, shots, cut prompts; below, what is unavailable."""
     missing = [f"{result.task}: {result.reason}" for result in results if result.status != "ok"]
     table = Table(caption="\n".join(missing), caption_justify="left")
     for column in ("task", "metric", "score", "95% interval", "chance", "n", "shots", "cut"):
