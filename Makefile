@@ -23,7 +23,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 quickstart: install
 	$(BIN)/megagpt data run configs/data/quickstart.yaml
-	$(BIN)/deepspeed launch/pretrain.py configs/quickstart.yaml
+	$(BIN)/deepspeed --num_accelerators 1 launch/pretrain.py configs/quickstart.yaml
 	$(BIN)/megagpt eval run --checkpoint $(RUN) --tasks fast $(if $(EVAL_DATA),--data $(EVAL_DATA))
 	$(BIN)/megagpt generate --checkpoint $(RUN) --prompt 'Return the'
 	$(BIN)/megagpt report $(RUN)

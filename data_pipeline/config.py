@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, GetCoreSchemaHandler, GetPydanticSchema, PositiveInt, model_validator
+from pydantic_core import CoreSchema, core_schema
 
+from data_pipeline.filters.registry import build_filters
 from megagpt.config.load import Section
+from megagpt.errors import ConfigError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -28,14 +31,24 @@ class Source(Section):
     """Field that holds the text (jsonl, parquet, hub)."""
     split: str = "train"
     """Split of a hub data set."""
-    packages: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    packages: tuple[str, ...] = ()
     """python_docs: only these top-level packages beside the standard library; empty means all."""
+
+
+def _source_or_path(source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+    # A union in the schema and no validator before the section, which would see Python values and turn off the
+    # rules of JSON, where a list may stand for a tuple; this way JSON Schema knows of bare strings as well.
+    bare = core_schema.no_info_after_validator_function(lambda path: Source(path=path), core_schema.str_schema())
+    return core_schema.union_schema([handler(source), bare])
+
+
+SourceOrPath = Annotated[Source, GetPydanticSchema(_source_or_path)]
 
 
 class LanguageSection(Section):
     """Language identification."""
 
-    keep: Annotated[tuple[str, ...], Field(strict=False)] = ("en",)
+    keep: tuple[str, ...] = ("en",)
     """ISO 639-1 codes that stay; empty keeps every language."""
     min_score: Fraction = 0.65
     """Lowest probability of the best language. Source: FineWeb."""
@@ -82,8 +95,8 @@ class TokenizerSection(Section):
 class PackSection(Section):
     """Writing NAME_train and NAME_val as .bin/.idx."""
 
-    name: str = "tokens"
-    """Prefix of the token files."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = "tokens"
+    """Prefix of the token files: letters, digits, `_`, `.` and `-`."""
     val_fraction: Fraction = 0.01
     """Share of documents in the validation split, chosen by a hash of the document's text."""
     seed: int = 1234
@@ -95,7 +108,7 @@ class DataJob(Section):
 
     out: Path
     """Folder of the job: stages, token files, manifest.json, report.html. Made if absent."""
-    sources: Annotated[tuple[Source, ...], Field(strict=False, min_length=1)]
+    sources: Annotated[tuple[SourceOrPath, ...], Field(min_length=1)]
     """Where documents come from, in order of priority: of duplicates, the earlier source's copy is kept."""
     extractor: Literal["resiliparse"] = "resiliparse"
     """HTML to text."""
@@ -108,13 +121,10 @@ class DataJob(Section):
     workers: PositiveInt = 2
     """Processes of the local executor."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _bare_strings_are_paths(cls, values: Any) -> Any:
-        sources = values.get("sources") if isinstance(values, dict) else None
-        if isinstance(sources, list):
-            values = {
-                **values,
-                "sources": [{"path": s} if isinstance(s, str) else s for s in sources],
-            }
-        return values
+    @model_validator(mode="after")
+    def _check_filters(self) -> DataJob:
+        try:
+            build_filters(self.filters)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return self

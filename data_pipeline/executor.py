@@ -9,7 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -94,7 +94,10 @@ class LocalExecutor:
         while True:
             # No more than the workers can start now: when one dies, the suspects are these and no others.
             while len(running) < self._workers and (task := next(waiting, None)) is not None:
-                running[self._pool.submit(_work, task, job_folder)] = task
+                try:
+                    running[self._pool.submit(_work, task, job_folder)] = task
+                except BrokenProcessPool as error:  # a worker died between two looks at the futures
+                    raise _killed(running.values()) from error
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -115,15 +118,19 @@ def _result(future: Future[Finished], running: dict[Future[Finished], Task]) -> 
     if error is None:
         return future.result()
     if isinstance(error, BrokenProcessPool):
-        suspects = ", ".join(sorted(f"{task.name} ({task.subject})" for task in running.values()))
-        raise DataError(
-            f"a worker process was killed (out of memory?) while these were at work: {suspects}; "
-            "what was finished is kept: run the same command again, with fewer workers if memory was short"
-        ) from error
+        raise _killed(running.values()) from error
     if isinstance(error, (MegaGPTError, OSError, pa.ArrowException)):
         raise _named(task, error) from error
     error.add_note(f"while running {task.name} ({task.subject})")
     raise error
+
+
+def _killed(at_work: Iterable[Task]) -> DataError:
+    suspects = ", ".join(sorted(f"{task.name} ({task.subject})" for task in at_work))
+    return DataError(
+        f"a worker process was killed (out of memory?) while these were at work: {suspects}; "
+        "what was finished is kept: run the same command again, with fewer workers if memory was short"
+    )
 
 
 def _named(task: Task, error: Exception) -> DataError:

@@ -48,7 +48,6 @@ def map_shard(
 
     Raises:
         DataError: the shard cannot be opened, lacks its text column, or there is no language model.
-        ConfigError: unknown filters or thresholds.
     """
     stages = _Stages(job)
     counts = ShardCounts(thresholds=stages.thresholds())

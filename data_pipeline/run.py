@@ -25,7 +25,7 @@ from rich.markup import escape
 from data_pipeline.config import DataJob
 from data_pipeline.executor import LocalExecutor
 from data_pipeline.job_sources import list_without_building, plan_shards
-from data_pipeline.report import HTML_FILE, MARKDOWN_FILE, write_report
+from data_pipeline.report import HTML_FILE, MARKDOWN_FILE, read_report, write_report
 from data_pipeline.stages import STAGES, Records, run_stages
 from data_pipeline.summary import REPORT_FILE, summarise, warnings_of
 from data_pipeline.tasks import (
@@ -76,12 +76,12 @@ def run_job(job: DataJob, console: Console | None = None) -> JobSummary:
         console: shows progress and what is reused or done again, and why; None: silent.
 
     Raises:
-        DataError: another run works in the same folder; a source or shard cannot be read; a split would be empty ...
-            What was finished stays: mend the cause and run the same command again.
+        DataError: another run works in the same folder, or it cannot be written; a source or shard cannot be read; a
+            split would be empty ... What was finished stays: mend the cause and run the same command again.
     """
     started = time.perf_counter()
-    job.out.mkdir(parents=True, exist_ok=True)
-    with _locked(job.out):
+    _check_named_files(job)
+    with _system_errors_named(job.out), _locked(job.out):
         shutil.rmtree(job.out / SCRATCH_FOLDER, ignore_errors=True)
         write_file(job.out / JOB_FILE, dump_config(job).encode())
         if console is not None:
@@ -162,6 +162,7 @@ def plan_job(job: DataJob) -> str:
     Raises:
         DataError: a source has no files.
     """
+    _check_named_files(job)
     shards, unbuilt = list_without_building(job)
     lines = [f"{job.out}: {len(job.sources)} source(s), {job.workers} worker(s)", ""]
     if unbuilt and (job.out / "sources").is_dir():
@@ -214,14 +215,13 @@ def _describing_files(task: Task, job: DataJob) -> list[Path]:
 
 def _conclude(job: DataJob, records: Records, resolver: _Resolver, started: float) -> JobSummary:
     """Write the reports, unless those of an earlier run are still true."""
-    report_file, html = job.out / REPORT_FILE, job.out / HTML_FILE
-    if any(resolver.ran.values()) or not report_file.is_file() or not html.is_file():
+    html = job.out / HTML_FILE
+    report = None if any(resolver.ran.values()) or not html.is_file() else _intact_report(job.out)
+    if report is None:
         wall_seconds = time.perf_counter() - started
         report = summarise(job, records, dict(resolver.ran), dict(resolver.reused), wall_seconds)
-        write_file(report_file, json.dumps(report, indent=1).encode() + b"\n")
+        write_file(job.out / REPORT_FILE, json.dumps(report, indent=1).encode() + b"\n")
         write_report(job.out)
-    else:
-        report = json.loads(report_file.read_bytes())
     summary = JobSummary(
         out=job.out,
         report=report,
@@ -234,6 +234,14 @@ def _conclude(job: DataJob, records: Records, resolver: _Resolver, started: floa
     if resolver.console is not None:
         _print_summary(summary, resolver.console)
     return summary
+
+
+def _intact_report(out: Path) -> dict[str, Any] | None:
+    """The report of an earlier run; None where it is missing or damaged and has to be written again."""
+    try:
+        return read_report(out)
+    except DataError:
+        return None
 
 
 def _print_summary(summary: JobSummary, console: Console) -> None:
@@ -251,9 +259,29 @@ def _print_summary(summary: JobSummary, console: Console) -> None:
     console.print(f"report: {escape(str(summary.report_html))}", highlight=False, soft_wrap=True)
 
 
+def _check_named_files(job: DataJob) -> None:
+    """Files that only a late stage reads are missed now and not after hours."""
+    for key, file in (("language.model", job.language.model), ("tokenizer.file", job.tokenizer.file)):
+        if file is not None and not file.is_file():
+            raise DataError(f"{key}: {file}: no such file")
+
+
+@contextmanager
+def _system_errors_named(out: Path) -> Iterator[None]:
+    """A full disk or a folder that may not be written is the user's to mend, and no defect."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{out}: the job cannot work in this folder: {error}; mend that and run the same command again, "
+            "or set another `out`"
+        ) from error
+
+
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """Hold the folder's lock; the system releases it when the process ends, however it ends."""
+    """Make the folder and hold its lock; the system releases it when the process ends, however it ends."""
+    out.mkdir(parents=True, exist_ok=True)
     with (out / LOCK_FILE).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -26,7 +26,8 @@ from data_pipeline.config import DataJob
 from data_pipeline.dedup import clusters, grouping, minhash, signatures
 from data_pipeline.encode import write_tokens
 from data_pipeline.job_sources import PlannedShard
-from data_pipeline.tasks import STAGES_FOLDER, Task, TaskRecord, code_fingerprint, hash_file, total
+from data_pipeline.tasks import STAGES_FOLDER, Counts, Task, TaskRecord, code_fingerprint, hash_file, total
+from megagpt.errors import DataError
 
 STAGES = ("map", "signatures", "edges", "clusters", "tokenizer", "encode", "pack", "manifest")
 TOKENIZER_FOLDER = "tokenizer"
@@ -47,8 +48,12 @@ def run_stages(job: DataJob, shards: Sequence[PlannedShard], resolve: Resolve) -
 
     Returns:
         stage -> records, in order of partitions.
+
+    Raises:
+        DataError: a task fails, or no document passes the map stage.
     """
     records: Records = {"map": resolve(_map_tasks(job, shards))}
+    _check_something_is_kept(total(records["map"]))
     records["signatures"] = resolve(_signature_tasks(job, records["map"]))
     records["edges"] = resolve(_edge_tasks(job, records["signatures"]))
     records["clusters"] = resolve([_cluster_task(job, records["signatures"], records["edges"])])
@@ -126,6 +131,16 @@ def _map_tasks(job: DataJob, shards: Sequence[PlannedShard]) -> list[Task]:
             )
         )
     return tasks
+
+
+def _check_something_is_kept(counts: Counts) -> None:
+    if counts.documents_out == 0:
+        reasons = sorted(counts.rejected.items(), key=lambda item: -item[1])
+        why = ", ".join(f"{reason} {number:,}" for reason, number in reasons[:5]) or "the sources hold none"
+        raise DataError(
+            f"of {counts.documents_in:,} records no document is left after extraction and filters ({why}); "
+            "look at the sources and their text_key, at language.keep and at the thresholds of filters"
+        )
 
 
 def _signature_tasks(job: DataJob, maps: Sequence[TaskRecord]) -> list[Task]:

@@ -79,10 +79,9 @@ def train(configs: tuple[str, ...], processes: int | None, launcher_args: str, c
 
     config = parse_arguments(configs).load()  # wrong input is told before any process starts
     if check:
-        from megagpt.parallel.plan import plan_batches
-        from megagpt.train.describe import describe_plan, plan_as_text
+        from megagpt.train.describe import check_run
 
-        click.echo(plan_as_text(describe_plan(config, plan_batches(config, processes or 1))))
+        click.echo(check_run(config, processes or 1))
         return
     command = launcher_command(processes, launcher_args, configs)
     os.execve(command[0], command, os.environ | {"PYTHONUNBUFFERED": "1"})  # signals then reach the launcher itself

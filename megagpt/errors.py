@@ -34,6 +34,6 @@ class EvalError(MegaGPTError):
 
 
 class TrainingDiverged(MegaGPTError):  # noqa: N818 - the field's name for it
-    """The loss or the gradient norm is not finite; the step was not applied."""
+    """The loss or the gradient norm is not finite; no checkpoint holds the step."""
 
     exit_code = 3

@@ -1,7 +1,7 @@
 """The documentation that every Python installation carries, as a small crawl: real English text without a network.
 
-    pages.warc.gz      a page a module: the docstrings of the standard library and of installed packages, and the
-                       topics of the language reference that `help()` shows
+    pages-N.warc.gz    a page a module: the docstrings of the standard library and of installed packages, and the
+                       topics of the language reference that `help()` shows; in several files, one a task
     texts.jsonl.zst    the packages' descriptions, README and other .md and .rst files, in The Pile's format
     stamp.json         what they were built from; while it holds, they are used again
 
@@ -19,6 +19,7 @@ import os
 import platform
 import sysconfig
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib import metadata, util
 from pathlib import Path
@@ -35,8 +36,11 @@ from megagpt.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the same installation would give other bytes."""
+
+PAGE_FILES = 4
+"""Files that the pages are dealt out to, so that as many workers can share them."""
 
 MAX_PACKAGE_CHARACTERS = 2_500_000
 """Documentation taken from one package; of a larger one, modules are taken in the order of a hash of their names."""
@@ -57,7 +61,7 @@ _MENU_ENTRIES = 20
 class PythonDocs:
     """What was built, and how much of it."""
 
-    pages: Path
+    pages: tuple[Path, ...]
     texts: Path
     n_pages: int
     n_texts: int
@@ -83,7 +87,7 @@ class _Tally:
 
 
 def build_python_docs(folder: Path, packages: tuple[str, ...]) -> PythonDocs:
-    """Build the two files in `folder`, or use those that an equal installation built there.
+    """Build the files in `folder`, or use those that an equal installation built there.
 
     Args:
         folder: where to write; made if absent.
@@ -94,15 +98,16 @@ def build_python_docs(folder: Path, packages: tuple[str, ...]) -> PythonDocs:
         DataError: a package is not installed.
     """
     chosen = _choose_packages(packages)
-    pages, texts, stamp = (folder / name for name in ("pages.warc.gz", "texts.jsonl.zst", "stamp.json"))
+    pages = tuple(folder / f"pages-{number}.warc.gz" for number in range(PAGE_FILES))
+    texts, stamp = folder / "texts.jsonl.zst", folder / "stamp.json"
     built_from = _built_from(chosen)
-    tally = _read_stamp(stamp, built_from, (pages, texts))
+    tally = _read_stamp(stamp, built_from, (*pages, texts))
     if tally is None:
         folder.mkdir(parents=True, exist_ok=True)
         tally = _Tally()
         _write_pages(pages, chosen, tally)
         _write_texts(texts, chosen, tally)
-        content = {"built_from": built_from, "files": _digests((pages, texts)), "counts": asdict(tally)}
+        content = {"built_from": built_from, "files": _digests((*pages, texts)), "counts": asdict(tally)}
         write_file(stamp, json.dumps(content, indent=1, sort_keys=True).encode())
         logger.info(
             "python_docs: %d pages, %d texts; %d source files unreadable; capped: %s",
@@ -162,20 +167,32 @@ def _digests(files: tuple[Path, ...]) -> dict[str, str]:
     return {file.name: xxhash.xxh3_128_hexdigest(file.read_bytes()) for file in files}
 
 
-def _write_pages(target: Path, chosen: list[_Package], tally: _Tally) -> None:
-    temporary = temporary_name(target)
-    with temporary.open("wb") as file, WarcWriter(file, "megagpt data_pipeline") as warc:
-        for package in chosen:
-            modules = _modules(package)
-            menu = [name for name, _ in modules[:_MENU_ENTRIES]]
-            for name, entries in _documented_modules(modules, package, tally):
-                warc.add_page(f"{_ADDRESS}/{package.name}/{name}.html", render_page(name, entries, menu))
-                tally.n_pages += 1
-        for name, text in _reference_topics():
-            warc.add_page(f"{_ADDRESS}/reference/{name}.html", render_page(name, [Entry(name, 1, text)], []))
+def _write_pages(targets: tuple[Path, ...], chosen: list[_Package], tally: _Tally) -> None:
+    temporaries = [temporary_name(target) for target in targets]
+    with ExitStack() as stack:
+        files = [stack.enter_context(temporary.open("wb")) for temporary in temporaries]
+        warcs = [
+            WarcWriter(file, target.name, "megagpt data_pipeline") for file, target in zip(files, targets, strict=True)
+        ]
+        for url, page in _pages(chosen, tally):
+            # By a hash of the address: where a page goes depends on no other page.
+            warcs[xxhash.xxh3_64_intdigest(url.encode()) % len(warcs)].add_page(url, page)
             tally.n_pages += 1
-        flush_to_disk(file)
-    publish(temporary, target)
+        for file in files:
+            flush_to_disk(file)
+    for temporary, target in zip(temporaries, targets, strict=True):
+        publish(temporary, target)
+
+
+def _pages(chosen: list[_Package], tally: _Tally) -> Iterator[tuple[str, str]]:
+    """(address, HTML) of every page."""
+    for package in chosen:
+        modules = _modules(package)
+        menu = [name for name, _ in modules[:_MENU_ENTRIES]]
+        for name, entries in _documented_modules(modules, package, tally):
+            yield f"{_ADDRESS}/{package.name}/{name}.html", render_page(name, entries, menu)
+    for name, text in _reference_topics():
+        yield f"{_ADDRESS}/reference/{name}.html", render_page(name, [Entry(name, 1, text)], [])
 
 
 def _modules(package: _Package) -> list[tuple[str, Path]]:

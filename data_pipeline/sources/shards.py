@@ -42,7 +42,7 @@ def prepare_sources(job: DataJob) -> list[Shard]:
         if source.kind == "python_docs":
             built = build_python_docs(job.out / "sources" / _docs_folder(source), source.packages)
             name = source_name(source)
-            for kind, path in (("warc", built.pages), ("jsonl", built.texts)):
+            for kind, path in (*(("warc", path) for path in built.pages), ("jsonl", built.texts)):
                 shards.append(Shard(len(shards), name, kind, str(path), path.stat().st_size))
         else:
             shards += list_shards(source, len(shards))

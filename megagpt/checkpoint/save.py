@@ -10,7 +10,7 @@ from typing import Any
 from megagpt.checkpoint import fsio
 from megagpt.checkpoint.store import CheckpointStore, FileEntry, Manifest, read_manifest, verify_file
 from megagpt.checkpoint.tensors import TensorSlice, write_slices
-from megagpt.errors import CheckpointError
+from megagpt.errors import CheckpointError, MegaGPTError
 from megagpt.parallel.mesh import Mesh
 
 
@@ -42,12 +42,12 @@ def save_checkpoint(
     _on_main(mesh, lambda: store.begin(step), f"{staging}: not saved")
     files, failure = _write_own_files(staging, mesh, slices, identity)
     reports = mesh.gather((files, failure))
-    failures = [report[1] for report in reports if report[1]]  # type: ignore[index]
+    failures = [report[1] for report in reports if report[1]]
     if failures:
         raise CheckpointError(f"{staging}: not saved: {'; '.join(failures)}")
     manifest = Manifest(
         step=step,
-        files={name: entry for report in reports for name, entry in report[0].items()},  # type: ignore[index]
+        files={name: entry for report in reports for name, entry in report[0].items()},
         state=dict(state),
         config=identity.config,
         data_fingerprint=identity.data_fingerprint,
@@ -68,16 +68,11 @@ def prune_checkpoints(store: CheckpointStore, mesh: Mesh, keep_last: int, keep_e
 
 
 def _on_main(mesh: Mesh, work: Callable[[], object], otherwise: str) -> None:
-    """Let the main rank do something to shared files; its failure is every rank's, so that none waits for it."""
-    failure: str | None = None
-    if mesh.is_main:
-        try:
-            work()
-        except (OSError, CheckpointError) as error:
-            failure = str(error)
-    failures = [found for found in mesh.gather(failure) if found]
-    if failures:
-        raise CheckpointError(f"{otherwise}: {failures[0]}")
+    """Let the main rank do something to the store, and say what was not done where it cannot."""
+    try:
+        mesh.on_main(work)
+    except MegaGPTError as error:
+        raise CheckpointError(f"{otherwise}: {error}") from None
 
 
 def _write_own_files(
@@ -102,7 +97,7 @@ def verify_together(step_dir: Path, mesh: Mesh) -> Manifest:
     Raises:
         CheckpointError: on all ranks, naming each damaged file.
     """
-    manifest = read_manifest(step_dir)
+    manifest = mesh.together(lambda: read_manifest(step_dir))
     problem: str | None = None
     for name in sorted(manifest.files)[mesh.rank :: mesh.world_size]:
         try:

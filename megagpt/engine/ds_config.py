@@ -41,7 +41,8 @@ def ds_config(config: TrainingRun, plan: BatchPlan) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`.
 
     Raises:
-        ConfigError: `parallel.extra` holds a key that DeepSpeed does not know or one that megagpt sets.
+        ConfigError: `parallel.extra` holds a key that DeepSpeed does not know, one that megagpt sets, or the section
+            of another precision.
     """
     settings: dict[str, Any] = {
         "train_batch_size": plan.global_batch_size,
@@ -59,6 +60,10 @@ def ds_config(config: TrainingRun, plan: BatchPlan) -> dict[str, Any]:
             nearest = difflib.get_close_matches(key, EXTRA_KEYS, n=1)
             hint = f"did you mean '{nearest[0]}'?" if nearest else f"known: {', '.join(sorted(EXTRA_KEYS))}"
             raise ConfigError(f"parallel.extra.{key}: DeepSpeed does not know this key, or megagpt sets it; {hint}")
+        if key in ("bf16", "fp16") and key != config.train.dtype:
+            raise ConfigError(
+                f"parallel.extra.{key}: train.dtype is {config.train.dtype}; set train.dtype={key}, or leave it out"
+            )
     _add(settings, config.parallel.extra, "parallel.extra")
     return settings
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,7 +18,7 @@ from torch import Tensor
 from megagpt.checkpoint.tensors import SliceReader, TensorSlice
 from megagpt.config.schema import OptimSection, TrainingRun
 from megagpt.engine import slices
-from megagpt.engine.corrections import unscale_with_the_scale_of_the_step
+from megagpt.engine.corrections import unname_shared_buffers, unscale_with_the_scale_of_the_step
 from megagpt.engine.ds_config import ds_config
 from megagpt.errors import ConfigError, TrainingDiverged
 from megagpt.model.decoder import Decoder
@@ -47,8 +48,13 @@ class StepOutcome:
 def init_distributed(timeout: timedelta, *, device_type: Literal["cuda", "cpu"]) -> None:
     """Join the process group that the launcher's environment describes."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 has renamed: nothing that a user could change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     backend = "nccl" if device_type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+    if backend == "gloo":
+        torch.distributed.barrier()
+        unname_shared_buffers()
 
 
 class Engine:
@@ -148,8 +154,8 @@ class Engine:
         """Take weights, moments and counters from a checkpoint of any layout."""
         reader.check_model(self.logical_shapes())
         slices.restore_slices(self._engine, self.mesh.data_parallel_rank, reader.read, int(state["adam_step"]))
-        if self._fp16 and "loss_scale" in state:
-            scaler = self._engine.optimizer.loss_scaler
+        scaler = self._engine.optimizer.loss_scaler if self._fp16 else None
+        if scaler is not None and scaler.dynamic and "scaler_iter" in state:  # a fixed scale is the configuration's
             scaler.cur_scale = state["loss_scale"]
             scaler.cur_iter = int(state["scaler_iter"])
             scaler.last_overflow_iter = int(state["last_overflow_iter"])
@@ -201,6 +207,8 @@ class Engine:
 
     def _loss_scaler_state(self) -> dict[str, float]:
         scaler = self._engine.optimizer.loss_scaler
+        if not scaler.dynamic:  # parallel.extra.fp16.loss_scale
+            return {}
         return {
             "loss_scale": float(scaler.cur_scale),
             "scaler_iter": int(scaler.cur_iter),

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
+
+from megagpt.errors import MegaGPTError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +44,36 @@ class Mesh:
             torch.distributed.all_reduce(tensor)
         return [float(value) for value in tensor.tolist()]
 
-    def gather(self, value: object) -> list[object]:
+    def gather(self, value: T) -> list[T]:
         """Every process's value, in rank order, on every process."""
-        gathered: list[object] = [value]
-        if self.world_size > 1:
-            gathered = [None] * self.world_size
-            torch.distributed.all_gather_object(gathered, value)
+        if self.world_size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(gathered, value)
         return gathered
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Let every process do its part; where one fails, all of them raise, so that none waits for another.
+
+        Raises:
+            MegaGPTError: on every process, what the first one that failed raised; an OSError in its own words.
+        """
+        results: list[T] = []
+        failure: MegaGPTError | None = None
+        try:
+            results.append(work())
+        except MegaGPTError as error:
+            failure = error
+        except OSError as error:
+            failure = MegaGPTError(str(error))
+        for found in self.gather(failure):
+            if found is not None:
+                raise found
+        return results[0]
+
+    def on_main(self, work: Callable[[], object]) -> None:
+        """Let the main process alone do something to shared files; the others wait, and share its failure."""
+        self.together(work if self.is_main else lambda: None)
 
     def barrier(self) -> None:
         """Wait for all processes."""

@@ -3,7 +3,7 @@
 import os
 import sys
 
-from megagpt.train.run import main
+from megagpt.train.run import exit_process, main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], os.environ))
+    exit_process(main(sys.argv[1:], os.environ))

@@ -9,7 +9,7 @@ from typing import Any
 from megagpt.checkpoint.store import Manifest
 from megagpt.config.schema import TrainingRun
 from megagpt.data.manifest import read_manifest
-from megagpt.data.mixture import Mixture
+from megagpt.data.mixture import Mixture, open_mixture
 from megagpt.errors import CheckpointError, ConfigError, DataError
 from megagpt.tokenizer import Tokenizer, open_recorded_tokenizer, open_tokenizer
 
@@ -18,14 +18,15 @@ UNCHANGEABLE = ("model", "run.seed", "train.global_batch_size")
 
 
 def check_tokens(config: TrainingRun, mixture: Mixture) -> Tokenizer | None:
-    """Open the tokenizer that the token files name and check that everything fits.
+    """Open the tokenizer that the token files name and check that everything fits, the validation tokens too.
 
     Returns:
         the tokenizer, or None for token files without manifest.json where `data.tokenizer` is not set.
 
     Raises:
         ConfigError: the model's vocabulary is smaller than the tokenizer's or the tokens'.
-        DataError: the tokens were made with another tokenizer than `data.tokenizer` or the validation tokens.
+        DataError: the tokens were made with another tokenizer than `data.tokenizer` or the validation tokens, or these
+            are missing, damaged or too few.
     """
     recorded = _recorded_tokenizers(config)
     tokenizer = _open(config, recorded)
@@ -36,7 +37,10 @@ def check_tokens(config: TrainingRun, mixture: Mixture) -> Tokenizer | None:
                 f"{config.data.tokenizer or next(iter(recorded))} ({tokenizer.fingerprint}); "
                 "use token files of one tokenizer, and leave data.tokenizer out where they name theirs"
             )
-    largest = -1 if mixture.max_token_id is None else mixture.max_token_id
+    opened = [mixture]
+    if config.data.val is not None:
+        opened.append(open_mixture(config.data.val, config.model.max_seq_len, config.run.seed))
+    largest = max(-1 if tokens.max_token_id is None else tokens.max_token_id for tokens in opened)
     needed = max(tokenizer.vocab_size if tokenizer is not None else 0, largest + 1)
     if needed > config.model.vocab_size:
         raise ConfigError(
@@ -55,7 +59,11 @@ def check_resumable(config: TrainingRun, manifest: Manifest, data_fingerprint: s
     current = config.model_dump(mode="json")
     imported = manifest.data_fingerprint is None  # it has seen no samples yet, so any may come
     keys = UNCHANGEABLE[:1] if imported else UNCHANGEABLE
-    differences = [difference for key in keys for difference in _differences(manifest.config, current, key.split("."))]
+    differences = [
+        f"{at} is {saved!r} in the checkpoint, {now!r} in the configuration"
+        for at, (saved, now) in changed_values(manifest.config, current).items()
+        if any(f"{at}.".startswith(f"{key}.") for key in keys)
+    ]
     if not imported and manifest.data_fingerprint != data_fingerprint and not differences:
         differences.append("data.train holds other tokens, weights or sequence length")
     if differences:
@@ -65,18 +73,16 @@ def check_resumable(config: TrainingRun, manifest: Manifest, data_fingerprint: s
         )
 
 
-def _differences(saved: Any, current: Any, path: list[str], at: str = "") -> list[str]:
-    """Human sentences for every leaf below `path` that is not the same."""
-    if path:
-        return _differences(saved[path[0]], current[path[0]], path[1:], f"{at}.{path[0]}".lstrip("."))
-    if isinstance(saved, Mapping) and isinstance(current, Mapping):
-        keys = sorted(saved.keys() | current.keys())
-        return [
-            difference
-            for key in keys
-            for difference in _differences(saved.get(key), current.get(key), [], f"{at}.{key}")
-        ]
-    return [] if saved == current else [f"{at} is {saved!r} in the checkpoint, {current!r} in the configuration"]
+def changed_values(saved: Mapping[str, Any], current: Mapping[str, Any], at: str = "") -> dict[str, tuple[Any, Any]]:
+    """Every leaf that is not the same in two nested mappings: its dotted path -> (saved, current)."""
+    changed: dict[str, tuple[Any, Any]] = {}
+    for key in sorted(saved.keys() | current.keys()):
+        before, now = saved.get(key), current.get(key)
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            changed |= changed_values(before, now, f"{at}{key}.")
+        elif before != now:
+            changed[f"{at}{key}"] = (before, now)
+    return changed
 
 
 def _recorded_tokenizers(config: TrainingRun) -> dict[Path, dict[str, Any]]:

@@ -10,7 +10,8 @@ from typing import Any
 from megagpt.config.schema import TrainingRun
 from megagpt.data.mixture import open_mixture
 from megagpt.model import flops
-from megagpt.parallel.plan import BatchPlan
+from megagpt.parallel.plan import BatchPlan, plan_batches
+from megagpt.train.compatible import check_tokens
 
 _PACKAGES = (
     "megagpt",
@@ -35,6 +36,18 @@ def package_versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def check_run(config: TrainingRun, world_size: int) -> str:
+    """All that can be told before a process starts, for `--check`: does everything fit, and what is the plan.
+
+    Raises:
+        ConfigError: a layout, batch or vocabulary that cannot work.
+        DataError: token files or a tokenizer that are missing, damaged or do not fit.
+    """
+    plan = plan_batches(config, world_size)
+    check_tokens(config, open_mixture(config.data.train, plan.seq_len, config.run.seed))
+    return plan_as_text(describe_plan(config, plan))
 
 
 def describe_plan(config: TrainingRun, plan: BatchPlan) -> dict[str, Any]:

@@ -28,19 +28,29 @@ def _step(row: Row) -> int:
 
 
 class JsonlSink:
-    """`metrics.jsonl`: one JSON object a line, flushed at once.
+    """`metrics.jsonl`: one JSON object a line, each by one write.
 
     Rows of steps after `resume_step` belong to a run that was killed; they are cut off, and will come again.
     """
 
     def __init__(self, path: Path, resume_step: int) -> None:
         _keep_rows(path, resume_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        self._file = path.open("ab", buffering=0)  # a row that could not be written is not tried again in close()
 
     def write(self, row: Row) -> None:
-        """Append one row."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        """Append one row.
+
+        Raises:
+            MegaGPTError: it cannot be written, mostly because the disk is full.
+        """
+        line = (json.dumps(row) + "\n").encode()
+        try:
+            written = self._file.write(line)
+        except OSError as error:
+            raise MegaGPTError(f"{self._path}: step {row['step']} cannot be written: {error.strerror}") from None
+        if written != len(line):
+            raise MegaGPTError(f"{self._path}: step {row['step']} cannot be written whole: the disk is full")
 
     def close(self) -> None:
         """Close the file."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from rich.console import Console
@@ -34,8 +36,8 @@ from megagpt.parallel.plan import BatchPlan, plan_batches
 from megagpt.tokenizer import Tokenizer
 from megagpt.train.batches import TrainBatches, ValidationBatches
 from megagpt.train.command import USAGE, Launch, parse_arguments
-from megagpt.train.compatible import check_resumable, check_tokens
-from megagpt.train.describe import describe_plan, package_versions, plan_as_text
+from megagpt.train.compatible import changed_values, check_resumable, check_tokens
+from megagpt.train.describe import check_run, describe_plan, package_versions
 from megagpt.train.loop import Collaborators, train
 from megagpt.train.metrics import JsonlSink, Metrics, Sink, TensorBoardSink, WandbSink
 from megagpt.train.optim import parameter_groups
@@ -44,6 +46,9 @@ from megagpt.train.schedule import lr_schedule
 from megagpt.train.state import TrainState
 from megagpt.train.stop import StopRequest
 
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit code of Ctrl-C before there is anything to save, as a shell tells it."""
+
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """A collective that waits longer than this ends the run; saves and evaluations of large models fit into it."""
 
@@ -51,24 +56,37 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 def main(argv: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run one process; the exit code."""
     launch = Launch.from_environment(environment)
-    console = Console(stderr=False)
+    console = Console(quiet=launch.rank != 0)
     try:
         arguments = parse_arguments(argv)
         if arguments.help:
             console.print(USAGE, highlight=False, markup=False)
             return 0
         config = arguments.load()
-        plan = plan_batches(config, launch.world_size)
         if arguments.check:
-            if launch.rank == 0:
-                console.print(plan_as_text(describe_plan(config, plan)), highlight=False, soft_wrap=True)
+            checked = check_run(config, launch.world_size)
+            console.print(checked, highlight=False, markup=False, soft_wrap=True)
             return 0
-        run_training(config, plan, launch, console)
+        run_training(config, plan_batches(config, launch.world_size), launch, console)
     except MegaGPTError as error:
-        if launch.rank == 0:
+        if launch.local_rank == 0:  # each host tells: a file may be missing on one of them alone
             Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return error.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED
     return 0
+
+
+def exit_process(code: int) -> NoReturn:
+    """End at once, without the interpreter's teardown.
+
+    Everything is written and closed by now. Threads of gloo and of DeepSpeed's process groups may still be joinable
+    when their objects are destroyed, which aborts the process ("terminate called without an active exception") after
+    its work is done, and the launcher then reports a run that succeeded as failed.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def run_training(config: TrainingRun, plan: BatchPlan, launch: Launch, console: Console) -> None:
@@ -76,40 +94,41 @@ def run_training(config: TrainingRun, plan: BatchPlan, launch: Launch, console: 
     mixture = open_mixture(config.data.train, plan.seq_len, config.run.seed)
     tokenizer = check_tokens(config, mixture)
     mesh = _start_mesh(launch)
+    validation = _open_validation(config, plan, mesh)
     store = CheckpointStore(config.run.dir / CHECKPOINTS)
     newest = _newest_checkpoint(store, config, mixture, mesh)
     if newest is not None and newest.step >= config.train.max_steps:
-        if mesh.is_main:
-            console.print(f"{config.run.dir}: complete at step {newest.step}; nothing to do", highlight=False)
+        console.print(f"{config.run.dir}: complete at step {newest.step}; nothing to do", highlight=False, markup=False)
         return
     engine = _build_engine(config, plan, mesh)
-    state = _restore(engine, store, newest)
-    identity = _identity(config, mixture, tokenizer, mesh)
-    if mesh.is_main:
-        _write_run_files(config, plan, engine, state, identity)
+    state = mesh.together(lambda: _restore(engine, store, newest))
+    identity = mesh.together(lambda: _identity(config, mixture, tokenizer, mesh))
+    changes = _changes(newest, identity)
+    mesh.on_main(lambda: _write_run_files(config, plan, engine, identity))
+    mesh.on_main(lambda: _log_start(config.run.dir, state, plan, changes))
+    metrics = mesh.together(lambda: _open_metrics(config, state, mesh))
     progress = ProgressLine(console, config.train.max_steps, state.step, shown=mesh.is_main and config.log.progress)
-    with progress, closing(_open_metrics(config, state.step, mesh)) as metrics:
+    with progress, closing(metrics):
         progress.say(_greeting(config, state, engine))
-        stop = StopRequest()
+        for key, (before, now) in changes.items():
+            progress.say(f"changed since the checkpoint: {key} from {before!r} to {now!r}")
         final = train(
             config,
             state,
             Collaborators(
                 engine=engine,
                 batches=TrainBatches(mixture, plan, mesh),
-                validation=_open_validation(config, plan, mesh),
+                validation=validation,
                 schedule=lr_schedule(config.optim, config.train.max_steps),
                 metrics=metrics,
                 progress=progress,
-                stop=stop,
+                stop=StopRequest(),
                 save=_saver(config, engine, store, identity),
                 mfu_per_token_rate=_mfu_per_token_rate(config, plan, mesh),
             ),
         )
-    if mesh.is_main:
-        event = "stopped" if final.step < config.train.max_steps else "finished"
-        log_event(config.run.dir, event, final.step)
-    mesh.barrier()
+    event = "stopped" if final.step < config.train.max_steps else "finished"
+    mesh.on_main(lambda: log_event(config.run.dir, event, final.step))
     torch.distributed.destroy_process_group()
 
 
@@ -139,7 +158,7 @@ def _start_mesh(launch: Launch) -> Mesh:
 
 def _newest_checkpoint(store: CheckpointStore, config: TrainingRun, mixture: Mixture, mesh: Mesh) -> Manifest | None:
     """The checkpoint to go on from, verified; None to start at step 0."""
-    steps = store.steps()
+    steps = mesh.gather(mesh.together(store.steps))[0]  # a shared folder may look older from another host
     rule = config.checkpoint.resume
     if rule == "never" and steps:
         raise CheckpointError(
@@ -186,9 +205,7 @@ def _identity(config: TrainingRun, mixture: Mixture, tokenizer: Tokenizer | None
     )
 
 
-def _write_run_files(
-    config: TrainingRun, plan: BatchPlan, engine: Engine, state: TrainState, identity: Identity
-) -> None:
+def _write_run_files(config: TrainingRun, plan: BatchPlan, engine: Engine, identity: Identity) -> None:
     """What makes the run's folder tell its own story."""
     run_dir = config.run.dir
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -198,7 +215,21 @@ def _write_run_files(
     write_file(run_dir / "config.yaml", dump_config(config).encode())
     write_file(run_dir / "versions.json", (json.dumps(identity.versions, indent=1) + "\n").encode())
     write_file(run_dir / "plan.json", (json.dumps(described, indent=1) + "\n").encode())
-    log_event(run_dir, "resumed" if state.step else "started", state.step, world_size=plan.data_parallel)
+
+
+def _changes(newest: Manifest | None, identity: Identity) -> dict[str, tuple[Any, Any]]:
+    """Configuration keys and package versions that are not those of the checkpoint: name -> (before, now)."""
+    if newest is None or newest.data_fingerprint is None:  # imported weights had no run before
+        return {}
+    versions = changed_values(newest.versions, identity.versions, "versions.")
+    return changed_values(newest.config, identity.config) | versions
+
+
+def _log_start(run_dir: Path, state: TrainState, plan: BatchPlan, changes: Mapping[str, tuple[Any, Any]]) -> None:
+    details: dict[str, Any] = {"world_size": plan.data_parallel}
+    if changes:
+        details["changed"] = changes
+    log_event(run_dir, "resumed" if state.step else "started", state.step, **details)
 
 
 def _first_prefix(config: TrainingRun) -> Path:
@@ -206,13 +237,14 @@ def _first_prefix(config: TrainingRun) -> Path:
     return train_data if isinstance(train_data, Path) else train_data[0].prefix
 
 
-def _open_metrics(config: TrainingRun, resume_step: int, mesh: Mesh) -> Metrics:
+def _open_metrics(config: TrainingRun, state: TrainState, mesh: Mesh) -> Metrics:
     if not mesh.is_main:
         return Metrics([])
     run_dir = config.run.dir
-    sinks: list[Sink] = [JsonlSink(run_dir / "metrics.jsonl", resume_step if resume_step else -1)]
+    last_kept = state.step or -1  # a run that starts at step 0 evaluates there again
+    sinks: list[Sink] = [JsonlSink(run_dir / "metrics.jsonl", last_kept)]
     if config.log.tensorboard:
-        sinks.append(TensorBoardSink(run_dir / "tensorboard", resume_step))
+        sinks.append(TensorBoardSink(run_dir / "tensorboard", last_kept))
     if config.log.wandb_project is not None:
         sinks.append(WandbSink(config.log.wandb_project, run_dir, json.loads(config.model_dump_json())))
     return Metrics(sinks)

@@ -9,7 +9,9 @@ import psutil
 
 
 class StopRequest:
-    """True from SIGTERM (a scheduler's request), SIGUSR1 (its early warning), or the end of `deepspeed` itself.
+    """True from SIGTERM (a scheduler's request), SIGUSR1 (its early warning), Ctrl-C, or the end of `deepspeed` itself.
+
+    A second Ctrl-C interrupts at once.
 
     `deepspeed` starts `launch.py`, which starts the ranks; a SIGTERM to the first ends it without a word to the others,
     and the ranks would train on unseen.
@@ -18,7 +20,7 @@ class StopRequest:
     def __init__(self) -> None:
         self._signalled = False
         self._launcher = _deepspeed_above()
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._on_signal)
 
     @property
@@ -28,6 +30,8 @@ class StopRequest:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - signal's signature
         self._signalled = True
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
 
 
 def _deepspeed_above() -> psutil.Process | None:

@@ -87,7 +87,7 @@ def few_modules(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("few_modules")
 def test_two_builds_of_one_installation_are_equal_byte_for_byte(tmp_path: Path) -> None:
     first, second = (build_python_docs(tmp_path / name, ("click",)) for name in ("a", "b"))
-    assert first.pages.read_bytes() == second.pages.read_bytes()
+    assert [path.read_bytes() for path in first.pages] == [path.read_bytes() for path in second.pages]
     assert first.texts.read_bytes() == second.texts.read_bytes()
     assert "stdlib" in first.capped
 
@@ -95,30 +95,33 @@ def test_two_builds_of_one_installation_are_equal_byte_for_byte(tmp_path: Path) 
 @pytest.mark.usefixtures("few_modules")
 def test_a_build_is_used_again_until_something_changes(tmp_path: Path) -> None:
     built = build_python_docs(tmp_path, ("click",))
-    time = built.pages.stat().st_mtime_ns
+    times = [path.stat().st_mtime_ns for path in built.pages]
     assert build_python_docs(tmp_path, ("click",)) == built
-    assert built.pages.stat().st_mtime_ns == time
+    assert [path.stat().st_mtime_ns for path in built.pages] == times
     assert build_python_docs(tmp_path, ("click", "jinja2")).n_pages > built.n_pages
     again = build_python_docs(tmp_path, ("click",))
-    again.pages.write_bytes(again.pages.read_bytes()[:-1])
+    again.pages[1].write_bytes(again.pages[1].read_bytes()[:-1])
     assert build_python_docs(tmp_path, ("click",)) == built
     (tmp_path / "stamp.json").write_text("{")
     assert build_python_docs(tmp_path, ("click",)) == built
 
 
 @pytest.mark.usefixtures("few_modules")
-def test_a_source_of_python_docs_is_two_shards_that_read_without_damage(tmp_path: Path) -> None:
+def test_a_source_of_python_docs_is_five_shards_that_read_without_damage(tmp_path: Path) -> None:
     source = Source(kind="python_docs", packages=("click",))
     job = DataJob(out=tmp_path, sources=(source,))
     shards = prepare_sources(job)
-    assert [(shard.ordinal, shard.kind, shard.source) for shard in shards] == [
-        (0, "warc", "python_docs"),
-        (1, "jsonl", "python_docs"),
-    ]
+    assert [shard.ordinal for shard in shards] == list(range(5))
+    assert [shard.kind for shard in shards] == ["warc"] * 4 + ["jsonl"]
+    assert {shard.source for shard in shards} == {"python_docs"}
     assert all(Path(shard.path).is_relative_to(tmp_path / "sources") for shard in shards)
-    pages, texts = (records(shard, source) for shard in shards)
-    assert {page.url.split("/")[3] for page in pages[1:]} == {"stdlib", "click", "reference"}
-    assert [page.reject for page in pages] == ["not_response"] + [""] * (len(pages) - 1)
+    *pages, texts = (records(shard, source) for shard in shards)
+    assert {page.url.split("/")[3] for part in pages for page in part[1:]} == {"stdlib", "click", "reference"}
+    assert [page.reject for part in pages for page in part[:1]] == ["not_response"] * 4
+    assert not any(page.reject for part in pages for page in part[1:])
+    assert min(len(part) for part in pages) > 10
+    addresses = [page.url for part in pages for page in part[1:]]
+    assert len(set(addresses)) == len(addresses) > 100
     assert texts[-1].url == "https://pydoc.invalid/click/description"
     assert texts[-1].meta["pile_set_name"] == "PythonPackages"
 

@@ -276,3 +276,34 @@ def test_the_plan_lists_shards_and_what_is_reused_and_writes_nothing(corpus: Pat
     plan = plan_job(job_for(corpus, finished.out, pack={"val_fraction": 0.3}))
     assert "encode      3 of 3 task(s) reused" in plan
     assert "pack        0 of 1 task(s) reused; configuration changed: pack.val_fraction 0.1 -> 0.3" in plan
+
+
+def test_a_folder_that_cannot_be_made_is_the_users_to_mend(corpus: Path, tmp_path: Path):
+    (tmp_path / "file").write_text("in the way")
+    for out in (tmp_path / "file", tmp_path / "file" / "job"):
+        with pytest.raises(DataError, match="the job cannot work in this folder"):
+            run_job(job_for(corpus, out))
+
+
+def test_a_damaged_report_is_written_again(finished: DataJob):
+    whole = json.loads((finished.out / "report.json").read_text())
+    (finished.out / "report.json").write_text("{")
+    assert run_job(finished).nothing_to_do
+    again = json.loads((finished.out / "report.json").read_text())
+    assert (again["sources"], again["splits"]) == (whole["sources"], whole["splits"])
+
+
+def test_where_nothing_is_kept_the_reasons_are_named(tmp_path: Path):
+    folder = write_corpus(tmp_path / "corpus", n_shards=1)
+    sources = [{"path": str(folder), "text_key": "body"}]
+    with pytest.raises(DataError, match=r"of 30 records no document is left .*\(json.no_text_key 30\)"):
+        run_job(job_for(folder, tmp_path / "job", sources=sources))
+
+
+@pytest.mark.parametrize(
+    ("section", "values"), [("tokenizer", {"kind": "file", "file": "no.json"}), ("language", {"model": "no.ftz"})]
+)
+def test_a_named_file_that_is_absent_is_missed_before_any_work(corpus: Path, tmp_path: Path, section: str, values):
+    with pytest.raises(DataError, match=rf"{section}\.(file|model): no\..*: no such file"):
+        run_job(job_for(corpus, tmp_path / "job", **{section: values}))
+    assert not (tmp_path / "job").exists()

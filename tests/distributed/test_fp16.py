@@ -38,6 +38,13 @@ def measured(where, tokens):
             Job(f"uncorrected-{stage}", config(stage), STEPS, uncorrected=True),
             Job(f"half-{stage}", config(stage), STOPPED_AT, save=where / f"half{stage}"),
             Job(f"resumed-{stage}", config(stage), STEPS, load=half, save=where / f"resumed{stage}"),
+            Job(f"fixed-{stage}", config(stage, scaler="{loss_scale: 256}"), STOPPED_AT, save=where / f"fixed{stage}"),
+            Job(
+                f"fixed-resumed-{stage}",
+                config(stage, scaler="{loss_scale: 512}"),
+                STEPS,
+                load=CheckpointStore(where / f"fixed{stage}").step_dir(STOPPED_AT),
+            ),
             Job(f"overflowing-{stage}", config(stage, scaler="{initial_scale_power: 24, hysteresis: 1}"), STEPS),
         ]
     start(run_jobs, 2, jobs, where / "out.json", log=where / "log").finish()
@@ -79,6 +86,13 @@ def test_a_resumed_run_has_the_loss_scale_and_the_weights_of_the_unbroken_one(st
         for name in one.shapes:
             for kind in KINDS:
                 assert torch.equal(one.read_whole(name, kind), other.read_whole(name, kind)), (name, kind)
+
+
+@STAGES
+def test_a_fixed_loss_scale_is_the_configurations_also_after_a_restart(stage, measured):
+    assert set(measured[f"fixed-{stage}"].loss_scales) == {256.0}
+    assert set(measured[f"fixed-resumed-{stage}"].loss_scales) == {512.0}
+    assert distance(measured[f"fixed-resumed-{stage}"].losses, measured[f"fp32-{stage}"].losses[STOPPED_AT:]) < 5e-3
 
 
 @STAGES

@@ -131,8 +131,10 @@ def test_sigterm_saves_exits_0_and_the_same_command_goes_on(tmp_path, command):
     codes, output = run([*words, f"train.max_steps={stopped_at + 2}", "optim.warmup_steps=1"], tmp_path / "log2")
     assert codes == [0, 0], output
     assert published(run_dir) == [stopped_at, stopped_at + 2]
-    events = [json.loads(line)["event"] for line in (run_dir / "events.jsonl").read_text().splitlines()]
-    assert events == ["started", "stopped", "resumed", "finished"]
+    events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["started", "stopped", "resumed", "finished"]
+    assert events[2]["changed"] == {"optim.warmup_steps": [3, 1], "train.max_steps": [100, stopped_at + 2]}
+    assert "changed since the checkpoint: optim.warmup_steps from 3 to 1" in (tmp_path / "log2").read_text()
 
 
 def test_a_complete_run_started_again_does_nothing(finished, command):
@@ -162,6 +164,12 @@ def refused(words, log, *expected, world_size=2):
 @pytest.fixture
 def copied(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "run")
+
+
+def test_what_stops_the_main_process_alone_stops_all_with_its_message(tmp_path, command):
+    """The others do not wait in a collective for a process that has ended."""
+    (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
+    refused(command(tmp_path / "run"), tmp_path / "log", "metrics.jsonl", "directory")
 
 
 def test_resume_never_refuses_a_folder_with_checkpoints(copied, command, tmp_path):

@@ -100,6 +100,7 @@ def test_extra_scaler_settings_join_the_precision(settings):
         ("{gradient_clipping: 2.0}", r"parallel.extra.gradient_clipping"),
         ("{optimizer: {type: Adam}}", r"parallel.extra.optimizer"),
         ("{zero_optimization: {stage: 3}}", r"parallel.extra.zero_optimization.stage: megagpt sets this itself \(1\)"),
+        ("{bf16: {enabled: true}}", r"parallel.extra.bf16: train.dtype is fp32; set train.dtype=bf16"),
         ("{zero_optimization: 3}", r"parallel.extra.zero_optimization: megagpt sets this itself"),
     ],
 )

@@ -1,6 +1,7 @@
 """metrics.jsonl after a kill: no row twice, none cut in two."""
 
 import json
+import resource
 
 import pytest
 
@@ -37,11 +38,47 @@ def test_lines_that_are_no_rows_are_removed(tmp_path):
     assert rows(path) == [{"step": 1, "loss": 2.0}]
 
 
+@pytest.mark.parametrize("room_bytes", [0, 9])
+def test_a_row_that_cannot_be_written_is_one_error(room_bytes, tmp_path):
+    """As on a full disk: the file may not grow, or only by a part of the row."""
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path, resume_step=-1)
+    sink.write({"step": 1, "loss": 2.0})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + room_bytes, limits[1]))
+    try:
+        with pytest.raises(MegaGPTError, match="step 2 cannot be written"):
+            sink.write({"step": 2, "loss": 2.0})
+        sink.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    JsonlSink(path, resume_step=2).close()
+    assert rows(path) == [{"step": 1, "loss": 2.0}]
+
+
 def test_every_sink_gets_every_row(tmp_path):
     metrics = Metrics([JsonlSink(tmp_path / "a", -1), JsonlSink(tmp_path / "b", -1)])
     metrics.write({"step": 1, "loss": 2.0, "grad_norm": None})
     metrics.close()
     assert rows(tmp_path / "a") == rows(tmp_path / "b") == [{"step": 1, "loss": 2.0, "grad_norm": None}]
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(("last_kept", "expected"), [(1, [0, 1, 2]), (-1, [2])])
+def test_tensorboard_hides_the_rows_that_come_again(last_kept, expected, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    killed = TensorBoardSink(tmp_path, resume_step=-1)
+    for step in range(3):
+        killed.write({"step": step, "val_loss": 9.0})
+    killed.close()
+    again = TensorBoardSink(tmp_path, resume_step=last_kept)
+    again.write({"step": 2, "val_loss": 1.0})
+    again.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [event.step for event in events.Scalars("val_loss")] == expected
+    assert events.Scalars("val_loss")[-1].value == 1.0
 
 
 @pytest.mark.filterwarnings("default")

@@ -62,6 +62,12 @@ def test_missing_token_files(told, tmp_path):
     assert str(tmp_path / "nowhere") in told(data=tmp_path / "nowhere")
 
 
+def test_missing_validation_tokens_also_where_they_are_only_checked(told, tmp_path):
+    nowhere = tmp_path / "nowhere"
+    for switch in ([], ["--check"]):
+        assert str(nowhere) in told(f"data.val={nowhere}", "eval.every=2", *switch)
+
+
 def test_a_truncated_token_file(told, tokens, tmp_path):
     for ending in (".bin", ".idx"):
         shutil.copy(tokens.with_name(tokens.name + ending), tmp_path / f"cut{ending}")
@@ -129,6 +135,22 @@ def test_check_prints_the_plan_and_writes_nothing(capsys, tmp_path, tokens):
     assert "= 2 sequences x 2 micro-batches x 2 processes" in out
     assert "1,536 tokens" in out
     assert not (tmp_path / "run").exists()
+
+
+def test_one_process_speaks_for_all(capsys, tmp_path, tokens):
+    for words in (["--help"], [*run_words(tmp_path / "run", tokens), "--check"]):
+        assert main(words, {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_a_second_host_tells_what_is_wrong_with_it(capsys, tmp_path, tokens):
+    """Its token files may be missing there alone."""
+    words = run_words(tmp_path / "run", tmp_path / "nowhere")
+    told = []
+    for local_rank in ("0", "1"):
+        assert main(words, {"RANK": f"{2 + int(local_rank)}", "LOCAL_RANK": local_rank, "WORLD_SIZE": "4"}) == 2
+        told.append(capsys.readouterr().err.count("error: "))
+    assert told == [1, 0]
 
 
 def test_help_shows_commands_that_can_be_copied(capsys):
