@@ -9,6 +9,8 @@ RUN    := runs/quickstart
 # A folder of benchmark files, where there is one: make quickstart EVAL_DATA=downloads/evals
 EVAL_DATA ?=
 export TOKENIZERS_PARALLELISM ?= false
+# DeepSpeed builds its C++ op with the ninja that it finds: the environment's own.
+export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: install quickstart test test-fast lint format clean
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout, installed or not
 
-from megagpt.train.run import exit_process, main
+from megagpt.train.run import exit_process, main, put_environment_first
 
 if __name__ == "__main__":
+    put_environment_first(os.environ)
     exit_process(main(sys.argv[1:], os.environ))

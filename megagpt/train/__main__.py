@@ -3,7 +3,8 @@
 import os
 import sys
 
-from megagpt.train.run import exit_process, main
+from megagpt.train.run import exit_process, main, put_environment_first
 
 if __name__ == "__main__":
+    put_environment_first(os.environ)
     exit_process(main(sys.argv[1:], os.environ))

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
@@ -75,6 +75,15 @@ def main(argv: Sequence[str], environment: Mapping[str, str]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     return 0
+
+
+def put_environment_first(environment: MutableMapping[str, str]) -> None:
+    """Let the tools of this Python environment be found first, also where it was not activated.
+
+    DeepSpeed builds its C++ op with the first `ninja` on PATH: a machine need not have one of its own, and another
+    version than the last time's builds it anew.
+    """
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
 
 
 def exit_process(code: int) -> NoReturn:
