@@ -11,6 +11,7 @@ EVAL_DATA ?=
 export TOKENIZERS_PARALLELISM ?= false
 # DeepSpeed builds its C++ op with the ninja that it finds: the environment's own.
 export PATH := $(abspath $(BIN)):$(PATH)
+export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 
 .PHONY: install quickstart test test-fast lint format clean
 
