@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 import time
@@ -41,10 +40,10 @@ from megagpt.atomic import write_file
 from megagpt.config.load import dump_config
 from megagpt.data.manifest import MANIFEST_NAME
 from megagpt.errors import DataError
+from megagpt.lock import locked_folder
 
 JOB_FILE = "job.yaml"
 PLAN_FILE = "plan.json"
-LOCK_FILE = ".lock"
 
 
 @dataclass
@@ -81,7 +80,7 @@ def run_job(job: DataJob, console: Console | None = None) -> JobSummary:
     """
     started = time.perf_counter()
     _check_named_files(job)
-    with _system_errors_named(job.out), _locked(job.out):
+    with _system_errors_named(job.out), locked_folder(job.out, _busy(job.out)):
         shutil.rmtree(job.out / SCRATCH_FOLDER, ignore_errors=True)
         write_file(job.out / JOB_FILE, dump_config(job).encode())
         if console is not None:
@@ -278,13 +277,5 @@ def _system_errors_named(out: Path) -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Make the folder and hold its lock; the system releases it when the process ends, however it ends."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / LOCK_FILE).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise DataError(f"{out}: another data job is writing here; wait for it, or set another `out`") from None
-        yield
+def _busy(out: Path) -> DataError:
+    return DataError(f"{out}: another data job is writing here; wait for it, or set another `out`")

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -27,6 +27,7 @@ from megagpt.data.manifest import read_manifest
 from megagpt.data.mixture import Mixture, open_mixture
 from megagpt.engine.engine import Engine, init_distributed
 from megagpt.errors import CheckpointError, MegaGPTError
+from megagpt.lock import locked_folder
 from megagpt.model import flops
 from megagpt.model.build import build_model
 from megagpt.model.init import init_weights
@@ -105,6 +106,16 @@ def run_training(config: TrainingRun, plan: BatchPlan, launch: Launch, console: 
     mixture = open_mixture(config.data.train, plan.seq_len, config.run.seed)
     tokenizer = check_tokens(config, mixture)
     mesh = _start_mesh(launch)
+    busy = MegaGPTError(f"{config.run.dir}: another process trains here; wait for it to end, or set another run.dir")
+    with ExitStack() as held:
+        mesh.on_main(lambda: held.enter_context(locked_folder(config.run.dir, busy)))
+        _train_in_folder(config, plan, mesh, mixture, tokenizer, console)
+    torch.distributed.destroy_process_group()
+
+
+def _train_in_folder(
+    config: TrainingRun, plan: BatchPlan, mesh: Mesh, mixture: Mixture, tokenizer: Tokenizer | None, console: Console
+) -> None:
     validation = _open_validation(config, plan, mesh)
     store = CheckpointStore(config.run.dir / CHECKPOINTS)
     newest = _newest_checkpoint(store, config, mixture, mesh)
@@ -140,7 +151,6 @@ def run_training(config: TrainingRun, plan: BatchPlan, launch: Launch, console: 
         )
     event = "stopped" if final.step < config.train.max_steps else "finished"
     mesh.on_main(lambda: log_event(config.run.dir, event, final.step))
-    torch.distributed.destroy_process_group()
 
 
 def log_event(run_dir: Path, event: str, step: int, **details: Any) -> None:
