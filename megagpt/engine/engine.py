@@ -125,17 +125,20 @@ class Engine:
             self._engine.step()
         return self._outcome(loss, norm, stop=stops > 0)
 
-    def eval_loss(self, batches: Iterable[Tensor]) -> tuple[float, int]:
-        """Mean loss in nats over all processes' batches (b, seq_len + 1), and the number of target tokens.
+    def eval_loss(self, batches: Iterable[tuple[Tensor, int]]) -> tuple[float, int]:
+        """Mean loss in nats over all processes' batches, and the number of target tokens.
+
+        Args:
+            batches: ((b, seq_len + 1) token ids, how many of its first rows count).
 
         Every process must bring equally many batches: under ZeRO-3 each forward is a collective.
         """
         nll, tokens = 0.0, 0
         self._engine.eval()
         with torch.no_grad():
-            for batch in batches:
-                nll += float(self._nll(batch))
-                tokens += batch[:, 1:].numel()
+            for batch, counted in batches:
+                nll += float(self._nll(batch, counted))
+                tokens += batch[:counted, 1:].numel()
         total_nll, total_tokens = self.mesh.sum(nll, tokens)
         return total_nll / total_tokens, int(total_tokens)
 
@@ -168,10 +171,10 @@ class Engine:
             for name, parameter in self.model.named_parameters()
         }
 
-    def _nll(self, tokens: Tensor) -> Tensor:
-        """Summed negative log-likelihood of tokens[:, 1:], nats."""
+    def _nll(self, tokens: Tensor, counted: int | None = None) -> Tensor:
+        """Summed negative log-likelihood of tokens[:counted, 1:], nats; of all rows where `counted` is None."""
         tokens = tokens.to(self.mesh.device, non_blocking=True)
-        return next_token_nll(self._engine(tokens[:, :-1]), tokens[:, 1:])
+        return next_token_nll(self._engine(tokens[:, :-1])[:counted], tokens[:counted, 1:])
 
     def _weighted(self, micro_nll: Tensor) -> Tensor:
         """The loss that DeepSpeed is given.

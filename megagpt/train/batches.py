@@ -11,7 +11,6 @@ from torch import Tensor
 
 from megagpt.data.indexed import TokenFile
 from megagpt.data.mixture import Mixture, sequential_windows
-from megagpt.errors import DataError
 from megagpt.parallel.mesh import Mesh
 from megagpt.parallel.plan import BatchPlan
 
@@ -33,22 +32,22 @@ class TrainBatches:
 
 
 class ValidationBatches:
-    """The same validation sequences at every evaluation, shared out evenly over the data-parallel processes."""
+    """The same validation sequences at every evaluation, whatever the number of data-parallel processes.
+
+    Every process brings equally many batches, because under ZeRO-3 each forward is a collective. Where the sequences do
+    not divide, the last ones of some processes are fillers that do not count.
+    """
 
     def __init__(self, prefix: Path, sequences: int, plan: BatchPlan, mesh: Mesh) -> None:
-        windows = sequential_windows(TokenFile.open(prefix), plan.seq_len, sequences)
-        width = mesh.data_parallel
-        even = len(windows) // width * width
-        if not even:
-            raise DataError(
-                f"{prefix}: {len(windows)} validation sequences of {plan.seq_len} tokens "
-                f"for {width} processes; give each at least one (a larger data.val, or a smaller model.max_seq_len)"
-            )
-        self.sequences = even
-        """Sequences of one evaluation over all processes."""
-        self._own = np.stack([windows.sample(i) for i in range(mesh.data_parallel_rank, even, width)])
+        self._windows = sequential_windows(TokenFile.open(prefix), plan.seq_len, sequences)
+        self._own = range(mesh.data_parallel_rank, len(self._windows), mesh.data_parallel)
+        self._longest_share = -(-len(self._windows) // mesh.data_parallel)
         self._micro = plan.micro_batch_size
 
-    def __iter__(self) -> Iterator[Tensor]:
-        for start in range(0, len(self._own), self._micro):
-            yield torch.from_numpy(self._own[start : start + self._micro])
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        """((b, seq_len + 1) int64, how many of its first rows count)."""
+        indices = [*self._own, *[0] * (self._longest_share - len(self._own))]
+        for start in range(0, len(indices), self._micro):
+            chosen = indices[start : start + self._micro]
+            counted = min(len(chosen), max(0, len(self._own) - start))
+            yield torch.from_numpy(np.stack([self._windows.sample(index) for index in chosen])), counted

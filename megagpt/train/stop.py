@@ -26,7 +26,7 @@ class StopRequest:
     @property
     def requested(self) -> bool:
         """Whether to save and stop."""
-        return self._signalled or (self._launcher is not None and not self._launcher.is_running())
+        return self._signalled or (self._launcher is not None and not _alive(self._launcher))
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - signal's signature
         self._signalled = True
@@ -41,6 +41,14 @@ def _deepspeed_above() -> psutil.Process | None:
         return None
     is_deepspeed = any(word.endswith("/deepspeed") or word == "deepspeed" for word in _words(ancestors[1]))
     return ancestors[1] if is_deepspeed else None
+
+
+def _alive(process: psutil.Process) -> bool:
+    """False also for a process that has ended and whose parent has not asked how."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _words(process: psutil.Process) -> list[str]:

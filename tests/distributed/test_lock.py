@@ -11,8 +11,8 @@ from tests.tiny import run_words
 def test_a_folder_in_which_another_process_trains_is_refused_on_all_ranks(tmp_path, tokens):
     run_dir = tmp_path / "run"
     with locked_folder(run_dir, MegaGPTError("free before the test")):
-        group = start(train_command, 2, run_words(run_dir, tokens, "train.max_steps=2"), log=tmp_path / "log")
+        group = start(train_command, 2, run_words(run_dir, tokens, "train.max_steps=4"), log=tmp_path / "log")
         assert group.wait() == [2, 2], group.output()
     assert "another process trains here" in group.output()
     assert [path.name for path in run_dir.iterdir()] == [".lock"]
-    start(train_command, 2, run_words(run_dir, tokens, "train.max_steps=2"), log=tmp_path / "log").finish()
+    start(train_command, 2, run_words(run_dir, tokens, "train.max_steps=4"), log=tmp_path / "log").finish()
