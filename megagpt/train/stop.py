@@ -46,7 +46,7 @@ def _deepspeed_above() -> psutil.Process | None:
 def _alive(process: psutil.Process) -> bool:
     """False also for a process that has ended and whose parent has not asked how."""
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 
