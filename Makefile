@@ -1,5 +1,6 @@
 # make quickstart   environment, data, tokenizer, training, evaluation, report: the real programs, small sizes
 # make test         environment if missing, then the whole test suite
+# make test-faults  the tests that take long: a kill at every call that changes a file, a hundred random kills
 # make install      the environment that both use: .venv
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export PATH := $(abspath $(BIN)):$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 
-.PHONY: install quickstart test test-fast lint format clean
+.PHONY: install quickstart test test-fast test-faults lint format clean
 
 install: $(VENV)/.installed
 
@@ -35,7 +36,10 @@ test: install lint
 	$(BIN)/python -m pytest
 
 test-fast: install
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow and not exhaustive'
+
+test-faults: install
+	$(BIN)/python -m pytest -m exhaustive
 
 lint: install
 	$(BIN)/ruff check .

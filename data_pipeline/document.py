@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 
 @dataclass(slots=True)
@@ -23,7 +22,9 @@ class Document:
     meta: dict[str, str] = field(default_factory=dict)
     """What the record itself said: pile_set_name, language, date ..."""
     failed: list[str] = field(default_factory=list)
-    """Every rule that the document failed, as `filter.rule`; empty means it is kept."""
+    """Every rule that the document failed, as `filter.threshold`; empty means it is kept."""
+    measures: dict[str, float] = field(default_factory=dict)
+    """What the filters measured, as `filter.measure`: thresholds can be decided anew from these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,27 +50,3 @@ class Damage:
     reason: str
     bytes_lost: int = 0
     unit: str = "byte"
-
-
-@dataclass(slots=True)
-class ShardCounts:
-    """Conservation of one map task: records = kept + the sum of rejected."""
-
-    records: int = 0
-    kept: int = 0
-    rejected: dict[str, int] = field(default_factory=dict)
-    """Reason -> documents; a document that fails several rules counts under the first."""
-    failed_rules: dict[str, int] = field(default_factory=dict)
-    """Rule -> documents that fail it, all rules of a document counted."""
-    damage: list[Damage] = field(default_factory=list)
-    """The first of the damages, so that a file of bad lines does not fill the memory; `damage_count` has all."""
-    text_bytes_in: int = 0
-    """UTF-8 bytes of the texts that extraction gave."""
-    text_bytes_kept: int = 0
-    damage_count: int = 0
-    bytes_lost: int = 0
-    languages: dict[str, int] = field(default_factory=dict)
-    """Language -> documents it was found in, before filtering."""
-    kept_by_language: dict[str, int] = field(default_factory=dict)
-    thresholds: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Every threshold in use by filter, and those of `language`."""

@@ -1,12 +1,13 @@
 """Per shard: the tokens of every document that stays, in the shard's order.
 
 tokens.bin/.idx      one sequence a document, the end-of-text token last
-documents.parquet    doc_id, hash_high, hash_low, text_bytes, n_tokens: what packing needs to know
+documents.parquet    doc_id, hash_high, hash_low, text_bytes, n_tokens, source: what packing needs to know
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,77 +15,139 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from data_pipeline.dedup.clusters import is_removed, read_removed
-from data_pipeline.dedup.signatures import SIGNATURES_FILE
+from data_pipeline.parquet_reader import open_rows
+from data_pipeline.dedup.signatures import utf8_of
+from data_pipeline.fast_bpe import FastBpe
 from data_pipeline.tasks import Counts, Progress
 from megagpt.data.indexed import TokenFileWriter, token_dtype
 from megagpt.errors import DataError
-from megagpt.tokenizer import open_tokenizer
+from megagpt.tokenizer import TokenArray, Tokenizer, open_tokenizer
 
+TEXTS_FILE, HASHES_FILE = "docs.parquet", "hashes.parquet"
+"""What the stage before wrote: texts, and content hashes in the same order."""
 TOKENS_PREFIX = "tokens"
-DOCUMENTS_FILE = "documents.parquet"
+ENCODED_FILE = "documents.parquet"
+ENCODED_SCHEMA = pa.schema(
+    [
+        ("doc_id", pa.int64()),
+        ("hash_high", pa.uint64()),
+        ("hash_low", pa.uint64()),
+        ("text_bytes", pa.int64()),
+        ("n_tokens", pa.int64()),
+        ("source", pa.string()),
+    ]
+)
 
 _BATCH_DOCUMENTS = 256
+_GROUP_ROWS = 1 << 16
 
 
-def write_tokens(
-    folder: Path,
-    documents: Path,
-    signatures: Path,
-    removed: Path,
-    tokenizer_spec: str,
-    progress: Progress | None = None,
-) -> Counts:
+def write_tokens(folder: Path, documents: Path, tokenizer_spec: str, progress: Progress | None = None) -> Counts:
     """Encode one shard.
 
     Args:
         folder: where to.
-        documents: docs.parquet of the shard.
-        signatures: folder of its signatures.
-        removed: removed.parquet of the whole job.
+        documents: folder of its documents: docs.parquet and hashes.parquet.
         tokenizer_spec: what `open_tokenizer` opens.
         progress: called with bytes of text and documents.
 
     Raises:
-        DataError: the signatures are not those of these documents.
+        DataError: the hashes are not those of these documents, or a text was encoded with the separator in it.
     """
     tokenizer = open_tokenizer(tokenizer_spec)
-    table = pq.read_table(signatures / SIGNATURES_FILE, columns=["doc_id", "hash_high", "hash_low", "text_bytes"])
-    doc_ids = table.column("doc_id").to_numpy()
-    stays = ~is_removed(doc_ids, read_removed(removed))
-    lengths: list[int] = []
-    at = 0
+    fast = FastBpe.of(tokenizer.tiktoken_encoding)
+    counts = Counts(0, 0, detail={"tokens": 0, "text_bytes": 0})
+    histogram: Counter[str] = Counter()
     with (
-        pq.ParquetFile(documents) as file,
+        pq.ParquetWriter(folder / ENCODED_FILE, ENCODED_SCHEMA, compression="zstd") as rows,
         TokenFileWriter(folder / TOKENS_PREFIX, token_dtype(tokenizer.vocab_size)) as writer,
     ):
-        for batch in file.iter_batches(_BATCH_DOCUMENTS, columns=["doc_id", "text"]):
-            keep = stays[at : at + len(batch)]
-            if not np.array_equal(batch.column("doc_id").to_numpy(), doc_ids[at : at + len(batch)]):
-                raise DataError(f"{documents}: documents from row {at} on are not those of its signatures")
-            texts = batch.column("text").filter(pa.array(keep)).to_pylist()
-            for tokens in tokenizer.encode_batch(texts):
-                document = [*tokens, tokenizer.eot_id]
-                writer.add_document(document)
-                lengths.append(len(document))
-            at += len(batch)
+        group: list[pa.Table] = []
+        for batch, facts in _documents(documents):
+            tokens, lengths = encode_column(tokenizer, fast, batch.column("text"))
+            writer.add_documents(tokens, lengths)
+            histogram.update(length_histogram(lengths))
+            facts = facts.append_column("n_tokens", pa.array(lengths, pa.int64()))
+            group.append(facts.select(ENCODED_SCHEMA.names).cast(ENCODED_SCHEMA))
+            if sum(map(len, group)) >= _GROUP_ROWS:
+                rows.write_table(pa.concat_tables(group))
+                group.clear()
+            counts.documents_in += len(batch)
+            counts.detail["text_bytes"] += int(facts.column("text_bytes").to_numpy().sum())
             if progress is not None:
                 progress(batch.column("text").nbytes, len(batch))
-    kept = table.filter(pa.array(stays)).append_column("n_tokens", pa.array(lengths, pa.int64()))
-    pq.write_table(kept, folder / DOCUMENTS_FILE, compression="zstd")
-    return Counts(
-        len(table),
-        len(kept),
-        {"duplicates": int((~stays).sum())},
-        {
-            "tokens": sum(lengths),
-            "text_bytes": int(kept.column("text_bytes").to_numpy().sum()),
-            "length_histogram": length_histogram(np.array(lengths, np.int64)),
-        },
-    )
+        if group:
+            rows.write_table(pa.concat_tables(group))
+        counts.detail["tokens"] = writer.n_tokens
+    counts.documents_out = counts.documents_in
+    counts.detail["length_histogram"] = dict(sorted(histogram.items(), key=lambda item: int(item[0])))
+    return counts
+
+
+def encode_column(tokenizer: Tokenizer, fast: FastBpe | None, texts: pa.Array) -> tuple[TokenArray, NDArray[np.int64]]:
+    """As `encode_documents`, for texts that lie in an Arrow array.
+
+    Args:
+        tokenizer: decides the ids.
+        fast: the same ids for less; None: the tokenizer has no such way.
+        texts: strings without nulls.
+    """
+    if fast is None:
+        return encode_documents(tokenizer, texts.to_pylist())
+    tokens, lengths = fast.encode(*utf8_of(texts), tokenizer.eot_id)
+    _check_separators(tokenizer.eot_id, tokens, lengths, texts)
+    return tokens, lengths
+
+
+def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[TokenArray, NDArray[np.int64]]:
+    """Tokens of all texts in one array, each text followed by the end-of-text token, and the length of each.
+
+    Raises:
+        DataError: a text's own tokens hold the separator, so that it would be read as several documents.
+    """
+    end = np.array([tokenizer.eot_id], np.uint32)
+    pieces = tokenizer.encode_batch_numpy(texts)
+    lengths = np.fromiter(map(len, pieces), np.int64, len(pieces)) + 1
+    tokens = np.concatenate([part for piece in pieces for part in (piece, end)] or [end[:0]])
+    _check_separators(tokenizer.eot_id, tokens, lengths, texts)
+    return tokens, lengths
+
+
+def _check_separators(eot_id: int, tokens: TokenArray, lengths: NDArray[np.int64], texts: Sequence[str]) -> None:
+    ends = np.flatnonzero(tokens == eot_id) + 1
+    if len(ends) != len(lengths):
+        # The first separator too many is the first one that stands where no document ends.
+        first = int(np.argmin(ends[: len(lengths)] == np.cumsum(lengths)))
+        raise DataError(
+            f"the tokenizer encodes a text with its own separator, token {eot_id}, in it, so the document "
+            f"{str(texts[first])[:80]!r} ... would be cut in two; use a tokenizer whose end-of-text token is a special "
+            "one"
+        )
 
 
 def length_histogram(lengths: NDArray[np.int64]) -> dict[str, int]:
     """Documents by length: the key is the smallest power of two that is at least the number of tokens."""
     powers = np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)
     return {str(1 << power): n for power, n in sorted(Counter(powers.tolist()).items())}
+
+
+def _documents(folder: Path) -> Iterator[tuple[pa.RecordBatch, pa.Table]]:
+    """Texts and the rows of their hashes, in step, a few hundred documents at a time."""
+    path = folder / TEXTS_FILE
+    with open_rows(path) as texts, open_rows(folder / HASHES_FILE) as hashes:
+        if texts.metadata.num_rows != hashes.metadata.num_rows:
+            raise DataError(
+                f"{path}: {texts.metadata.num_rows} documents, but {HASHES_FILE} beside it has "
+                f"{hashes.metadata.num_rows}"
+            )
+        waiting = hashes.schema_arrow.empty_table()
+        following = hashes.iter_batches(_GROUP_ROWS)
+        n_read = 0
+        for batch in texts.iter_batches(_BATCH_DOCUMENTS, columns=["doc_id", "text"]):
+            while len(waiting) < len(batch):
+                waiting = pa.concat_tables([waiting, pa.Table.from_batches([next(following)])])
+            facts, waiting = waiting.slice(0, len(batch)), waiting.slice(len(batch))
+            if not np.array_equal(batch.column("doc_id").to_numpy(), facts.column("doc_id").to_numpy()):
+                raise DataError(f"{path}: documents from row {n_read} on are not those of {HASHES_FILE}")
+            n_read += len(batch)
+            yield batch, facts

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.stages import TOKENIZER_FOLDER
 from megagpt.data.indexed import TokenFile, bin_path, idx_path
 from megagpt.data.manifest import MANIFEST_NAME, read_manifest, verify_token_file
 from megagpt.errors import DataError
-from megagpt.tokenizer import Tokenizer, open_tokenizer
+from megagpt.tokenizer import SAVED_FOLDER, Tokenizer, open_tokenizer
 
 _SAMPLE_TOKENS = 200
 _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -49,13 +48,13 @@ def _prefixes(path: Path) -> list[Path]:
 def _find_tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer that lies beside the files, if it is the one that the manifest names."""
     manifest = read_manifest(folder)
-    if not (folder / TOKENIZER_FOLDER).is_dir():
+    if not (folder / SAVED_FOLDER).is_dir():
         return None
-    tokenizer = open_tokenizer(folder / TOKENIZER_FOLDER)
+    tokenizer = open_tokenizer(folder / SAVED_FOLDER)
     named = manifest.tokenizer.get("fingerprint") if manifest is not None else None
     if named is not None and named != tokenizer.fingerprint:
         raise DataError(
-            f"{folder / TOKENIZER_FOLDER}: fingerprint {tokenizer.fingerprint}, but {folder / MANIFEST_NAME} says that "
+            f"{folder / SAVED_FOLDER}: fingerprint {tokenizer.fingerprint}, but {folder / MANIFEST_NAME} says that "
             f"the tokens were made with {named}"
         )
     return tokenizer
@@ -88,8 +87,18 @@ def _verification(prefix: Path) -> list[str]:
     return [
         f"  verified       sizes, offsets and hashes (xxh3_128 {entry.bin.xxh3_128})",
         f"  text           {entry.text_bytes:,} bytes ({entry.text_bytes / max(entry.n_tokens, 1):.2f} a token)",
-        *(f"  source         {name}: {values}" for name, values in entry.sources.items()),
+        *(f"  source         {name}: {_counted(values)}" for name, values in entry.sources.items()),
     ]
+
+
+def _counted(values: object) -> str:
+    """What a manifest says of a source: of our own jobs, documents, tokens and bytes of text."""
+    if not isinstance(values, dict):
+        return str(values)
+    return ", ".join(
+        f"{number:,} {name.replace('_', ' ')}" if isinstance(number, int) else f"{name} {number}"
+        for name, number in values.items()
+    )
 
 
 def _length_quantiles(token_file: TokenFile) -> str:

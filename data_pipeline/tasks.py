@@ -13,7 +13,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +31,8 @@ Progress = Callable[[int, int], None]
 
 STAGES_FOLDER = "stages"
 SCRATCH_FOLDER = "scratch"
+OUTPUTS_FOLDER = "outputs"
+"""In an attempt's folder."""
 _HASH_BLOCK_BYTES = 1 << 22
 
 
@@ -64,6 +68,9 @@ class Task:
     """Folder of the outputs, relative to the job's."""
     size_bytes: int = 0
     """Bytes to work through, for the progress bar; 0 where unknown."""
+    poison: Path | None = None
+    """Relative to the job's folder: where `work` notes the records that ended its process, to leave them out when it is
+    tried again (see extract/watchdog.py). A task that has one never runs in the process that started the job."""
 
     @property
     def name(self) -> str:
@@ -194,18 +201,32 @@ def _damage(record: TaskRecord, job_folder: Path) -> str | None:
 
 
 def scratch_folder(task: Task, job_folder: Path) -> Path:
-    """Where the task works until its outputs are renamed into place."""
-    return job_folder / SCRATCH_FOLDER / f"{task.stage}-{task.partition}"
+    """Where all attempts at a task work until the outputs of one are renamed into place: one folder an attempt."""
+    return job_folder / SCRATCH_FOLDER / task.stage / task.partition
 
 
-def execute(task: Task, job_folder: Path, progress: Progress | None = None) -> Finished:
-    """Run the task into its scratch folder, check conservation, sync and hash the outputs. Runs in a worker.
+def new_attempt(task: Task, job_folder: Path) -> Path:
+    """A new folder for one attempt: no other attempt, of this run or of an earlier one, has ever seen its name."""
+    folder = scratch_folder(task, job_folder) / uuid.uuid4().hex
+    (folder / OUTPUTS_FOLDER).mkdir(parents=True)
+    return folder
+
+
+def execute(
+    task: Task, job_folder: Path, progress: Progress | None = None, attempt_folder: Path | None = None
+) -> Finished:
+    """Run the task into its attempt's folder, check conservation, sync and hash the outputs. Runs in a worker.
+
+    Args:
+        task: what to run.
+        job_folder: the job's folder.
+        progress: is told how much was done.
+        attempt_folder: what `new_attempt` made; None makes one.
 
     Raises:
         DataError: documents went missing or came from nowhere.
     """
-    folder = scratch_folder(task, job_folder)
-    folder.mkdir(parents=True, exist_ok=False)
+    folder = (attempt_folder or new_attempt(task, job_folder)) / OUTPUTS_FOLDER
     cpu, wall = time.process_time(), time.perf_counter()
     counts = task.work(folder, *task.arguments, progress=progress)
     check_conservation(f"{task.name} ({task.subject})", counts)
@@ -235,7 +256,7 @@ def check_conservation(what: str, counts: Counts) -> None:
 def commit(task: Task, finished: Finished, job_folder: Path, invalidates: Iterable[Path] = ()) -> TaskRecord:
     """Rename the outputs into place, then write the record: only now is the task done.
 
-    Of an earlier result, files that the new one does not have are removed, unless they lie in the job's own folder.
+    Of an earlier result, files that the new one does not have are removed.
 
     Args:
         task: what was run.
@@ -246,12 +267,15 @@ def commit(task: Task, finished: Finished, job_folder: Path, invalidates: Iterab
     record_path = task.record_path(job_folder)
     record_path.parent.mkdir(parents=True, exist_ok=True)
     earlier = read_record(record_path)
-    record_path.unlink(missing_ok=True)
     for path in invalidates:
         path.unlink(missing_ok=True)
-    if earlier is not None and earlier.target != ".":
+    # Before the record goes: killed in between, the task is done again, for it says what else lies there.
+    if earlier is not None:
         for file in earlier.outputs.keys() - finished.outputs.keys():
-            earlier.path(job_folder, file).unlink(missing_ok=True)
+            old = earlier.path(job_folder, file)
+            if old.is_file() and old.stat().st_size == earlier.outputs[file]["bytes"]:  # still what was written here
+                old.unlink()
+    record_path.unlink(missing_ok=True)
     flush_folder(record_path.parent)
     target = job_folder / task.target
     for file in finished.outputs:
@@ -259,7 +283,8 @@ def commit(task: Task, finished: Finished, job_folder: Path, invalidates: Iterab
         place.parent.mkdir(parents=True, exist_ok=True)
         (finished.folder / file).replace(place)
         flush_folder(place.parent)
-    _remove_empty(finished.folder)
+    # On a shared file system a straggler that was given up may still write there: what it leaves, the job removes.
+    shutil.rmtree(scratch_folder(task, job_folder), ignore_errors=True)
     record = TaskRecord(
         stage=task.stage,
         partition=task.partition,
@@ -288,9 +313,3 @@ def total(records: Sequence[TaskRecord]) -> Counts:
         sum(record.counts.documents_out for record in records),
         rejected,
     )
-
-
-def _remove_empty(folder: Path) -> None:
-    for path in sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True):
-        path.rmdir()
-    folder.rmdir()

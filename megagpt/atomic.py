@@ -41,3 +41,11 @@ def write_file(target: Path, content: bytes) -> None:
         file.write(content)
         flush_to_disk(file)
     publish(temporary, target)
+
+
+def replace_file(target: Path, content: bytes) -> None:
+    """Write a small file whole or not at all, without waiting for the disk: for what is soon written again."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(target)
+    temporary.write_bytes(content)
+    temporary.replace(target)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import tiktoken
+from tiktoken_ext import openai_public
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as RustTokenizer
 
 from megagpt.errors import DataError
-from megagpt.tokenizer import HFTokenizer, TiktokenTokenizer, open_recorded_tokenizer, open_tokenizer
+from megagpt.tokenizer import TIKTOKEN_SOURCES, HFTokenizer, TiktokenTokenizer, open_recorded_tokenizer, open_tokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 3
 SAMPLES = ["", " ", "The quick fox", "naïve café — 東京 🎉\r\n\tx", "a\x00b", "<|endoftext|>", "x<|endoftext|>y</s>"]
@@ -257,6 +260,12 @@ def test_an_encoding_that_cannot_be_loaded_says_how_to_provide_it(tmp_path, monk
     tiktoken.registry.ENCODINGS.pop("o200k_base", None)
     with pytest.raises(DataError, match=r"tiktoken cannot load 'o200k_base': .*set TIKTOKEN_CACHE_DIR to a folder"):
         open_tokenizer("o200k_base")
+
+
+def test_the_files_of_an_encoding_are_those_that_tiktoken_loads():
+    for name, sources in TIKTOKEN_SOURCES.items():
+        program = inspect.getsource(openai_public.ENCODING_CONSTRUCTORS[name])
+        assert re.findall(r'"(https://[^"]+)"', program) == list(sources)
 
 
 def test_gpt2_through_tiktoken_is_gpt2(monkeypatch):

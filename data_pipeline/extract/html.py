@@ -22,7 +22,11 @@ def extract_html(page: bytes, http_charset: str = "") -> str:
     Empty where the page has no text. Source: resiliparse's rule-based main content extraction, the extractor of DCLM
     (Li et al. 2024, section 4.2).
     """
-    text = extract_plain_text(decode_page(page, http_charset), main_content=True)
+    return tidy_lines(extract_plain_text(decode_page(page, http_charset), main_content=True))
+
+
+def tidy_lines(text: str) -> str:
+    """Without white space at the ends of lines and of the text, and with one blank line at most between paragraphs."""
     lines = "\n".join(line.rstrip() for line in text.split("\n"))
     return _MANY_BLANK_LINES.sub("\n\n", lines).strip()
 
@@ -37,7 +41,10 @@ def decode_page(page: bytes, http_charset: str = "") -> str:
         codec = map_encoding_to_html5(charset, fallback_utf8=False) if charset else None
         if codec is None:
             continue
-        text = page.decode(codec, "replace").removeprefix("\ufeff")
+        try:
+            return page.decode(codec).removeprefix("\ufeff")
+        except UnicodeDecodeError:
+            text = page.decode(codec, "replace").removeprefix("\ufeff")
         if text.count("\ufffd") * _CHARACTERS_A_DEFECT <= len(text):
             return text
     detected: str = bytes_to_str(page, detect_encoding(page) or "utf-8", errors="replace")

@@ -8,110 +8,56 @@ pair of its words holds a fifth of its characters.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from data_pipeline.filters.rules import Apply, Finding, Settings
 from data_pipeline.filters.text_view import TextView, count_repeats
 
 Ngram = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class GopherRepetition:
-    """Largest shares that still pass."""
+class GopherRepetition(Settings):
+    """Largest shares that still pass; a text without words repeats nothing."""
 
-    max_duplicate_lines: float = 0.30
-    max_duplicate_paragraphs: float = 0.30
-    max_duplicate_line_characters: float = 0.20
-    max_duplicate_paragraph_characters: float = 0.20
-    max_top_2_gram: float = 0.20
+    max_duplicate_lines: float | None = 0.30
+    max_duplicate_paragraphs: float | None = 0.30
+    max_duplicate_line_characters: float | None = 0.20
+    max_duplicate_paragraph_characters: float | None = 0.20
+    max_top_2_gram: float | None = 0.20
     """Share of the characters in all occurrences of the most frequent pair of tokens."""
-    max_top_3_gram: float = 0.18
-    max_top_4_gram: float = 0.16
-    max_duplicate_5_grams: float = 0.15
+    max_top_3_gram: float | None = 0.18
+    max_top_4_gram: float | None = 0.16
+    max_duplicate_5_grams: float | None = 0.15
     """Share of the characters in runs of five tokens that occurred before; no character counts twice."""
-    max_duplicate_6_grams: float = 0.14
-    max_duplicate_7_grams: float = 0.13
-    max_duplicate_8_grams: float = 0.12
-    max_duplicate_9_grams: float = 0.11
-    max_duplicate_10_grams: float = 0.10
+    max_duplicate_6_grams: float | None = 0.14
+    max_duplicate_7_grams: float | None = 0.13
+    max_duplicate_8_grams: float | None = 0.12
+    max_duplicate_9_grams: float | None = 0.11
+    max_duplicate_10_grams: float | None = 0.10
 
 
-def gopher_repetition(view: TextView, limits: GopherRepetition) -> Iterator[str]:
-    """Names of the rules that the text fails."""
-    size = len(view.text)
-    if not view.tokens:
-        return  # an empty text repeats nothing
-    for unit, parts, max_count, max_characters in (
-        ("lines", view.lines, limits.max_duplicate_lines, limits.max_duplicate_line_characters),
-        (
-            "paragraphs",
-            view.paragraphs,
-            limits.max_duplicate_paragraphs,
-            limits.max_duplicate_paragraph_characters,
-        ),
-    ):
-        repeats, characters = count_repeats(parts)
-        if repeats / len(parts) > max_count:
-            yield f"duplicate_{unit}"
-        if characters / size > max_characters:
-            yield f"duplicate_{unit.removesuffix('s')}_characters"
-    yield from _ngram_rules(view.tokens, size, limits)
+_NGRAM_MEASURES = (*(f"top_{n}_gram" for n in (2, 3, 4)), *(f"duplicate_{n}_grams" for n in range(5, 11)))
 
 
-def _ngram_rules(tokens: Sequence[str], size: int, limits: GopherRepetition) -> Iterator[str]:
-    most_of_top = {2: limits.max_top_2_gram, 3: limits.max_top_3_gram, 4: limits.max_top_4_gram}
-    most_of_duplicates = {
-        5: limits.max_duplicate_5_grams,
-        6: limits.max_duplicate_6_grams,
-        7: limits.max_duplicate_7_grams,
-        8: limits.max_duplicate_8_grams,
-        9: limits.max_duplicate_9_grams,
-        10: limits.max_duplicate_10_grams,
-    }
-    positions: Sequence[int] = range(len(tokens) - 1)
-    for n in (*most_of_top, *most_of_duplicates):
-        repeated = repeated_ngrams(tokens, n, positions)
-        if not repeated:
-            return
-        if n in most_of_top:
-            if top_ngram_characters(repeated, n) / size > most_of_top[n]:
-                yield f"top_{n}_gram"
-        elif duplicate_ngram_characters(repeated, n) / size > most_of_duplicates[n]:
-            yield f"duplicate_{n}_grams"
-        # n + 1 tokens repeat only where their first n and their last n do.
-        positions = [at for at in repeated if at + 1 in repeated]
+def bind_gopher_repetition(settings: GopherRepetition) -> Apply:
+    """The measuring function; it has no parameters."""
+    del settings
+    return measure_repetition
 
 
-def repeated_ngrams(tokens: Sequence[str], n: int, positions: Iterable[int]) -> dict[int, Ngram]:
-    """Of the n-grams that begin at `positions`, in rising order, those that occur there more than once."""
-    ngrams = {at: tuple(tokens[at : at + n]) for at in positions}
-    counts = Counter(ngrams.values())
-    return {at: ngram for at, ngram in ngrams.items() if counts[ngram] > 1}
-
-
-def top_ngram_characters(repeated: Mapping[int, Ngram], n: int) -> int:
-    """Characters in all occurrences of the n-gram that occurs most often, with one space between its tokens.
-
-    Of equally frequent ones the longest counts.
-    """
-    counts = Counter(repeated.values())
-    most = max(counts.values())
-    longest = max(sum(map(len, ngram)) for ngram, count in counts.items() if count == most)
-    return most * (longest + n - 1)
-
-
-def duplicate_ngram_characters(repeated: Mapping[int, Ngram], n: int) -> int:
-    """Characters of the tokens that lie in an n-gram seen before, from left to right and without overlap."""
-    seen: set[Ngram] = set()
-    characters = free = 0
-    for at, ngram in repeated.items():
-        if at < free:
-            continue
-        if ngram in seen:
-            characters += sum(map(len, ngram))
-            free = at + n
-        else:
-            seen.add(ngram)
-    return characters
+def measure_repetition(view: TextView) -> Finding:
+    """All shares of a text."""
+    size = max(len(view.text), 1)
+    line_repeats, line_characters = count_repeats(view.lines)
+    ngrams = view.repeated_ngram_characters
+    paragraph_repeats, paragraph_characters = count_repeats(view.paragraphs)
+    return Finding(
+        {
+            "duplicate_lines": line_repeats / max(len(view.lines), 1),
+            "duplicate_paragraphs": paragraph_repeats / max(len(view.paragraphs), 1),
+            "duplicate_line_characters": line_characters / size,
+            "duplicate_paragraph_characters": paragraph_characters / size,
+            **{name: count / size for name, count in zip(_NGRAM_MEASURES, ngrams, strict=True)},
+        }
+    )

@@ -1,134 +1,140 @@
-"""A file of gzip members as bounded pieces of plain bytes, with every damaged stretch named.
+"""A file of gzip members as bounded pieces of plain bytes; behind damage the scan goes on at the next member.
 
 A WARC file is a row of gzip members, usually one a record. Readers that leave the members to zlib stop at the first
-damaged one, silently where the file is cut off; here the scan goes on at the next member that holds a record.
+damaged one, silently where the file is cut off.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import BinaryIO
 
 from data_pipeline.document import Damage
-from data_pipeline.sources.record import CHUNK_BYTES, MAX_RECORD_BYTES
+from data_pipeline.sources.record import CHUNK_BYTES, Content, Piece
 
 GZIP_MAGIC = b"\x1f\x8b\x08"
-WARC_MAGIC = b"WARC/"
 _GZIP_WINDOW = 31  # zlib's code for "gzip header, largest window"
 _READ_BYTES = 2**16
+_TRIAL_BYTES = 512
+"""Compressed bytes that decide whether a magic number begins a member; chance does not inflate so far."""
+_TRIAL_PLAIN_BYTES = 256
+_RETRY_BYTES = 16
+"""Step in which a read that failed is done again, for the sake of what comes before the damage."""
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Plain bytes, at most a chunk of them."""
+def read_members(file: BinaryIO, path: str, size: int, content: Content) -> Iterator[Piece | Damage]:
+    """The inflated content in order; a Damage for every stretch that could not be inflated or is not to be trusted.
 
-    data: bytes
-    offset: int
-    """Byte on disk at which its gzip member (or, uncompressed, the piece itself) begins."""
-    starts_member: bool
-    position: int
-    """Byte on disk up to which the file has been read."""
-
-
-def read_pieces(file: BinaryIO, path: str) -> Iterator[Piece | Damage]:
-    """The inflated content of a file, or its content where it is not compressed.
-
-    Args:
-        file: a seekable file, buffered by at least 64 KiB.
-        path: its name, for the damage reports.
-
-    Yields:
-        Pieces in order, and a Damage for every stretch that could not be inflated. The bytes of a member of at most
-        MAX_RECORD_BYTES are held back until its checksum is right; larger ones must be believed as they come.
+    Reasons: `gzip.no_member` (the file does not begin with one), `gzip.damaged`, `gzip.checksum` (all of a member was
+    inflated, but is not what was once compressed), `gzip.truncated` (the file ends inside a member).
     """
-    size = file.seek(0, 2)
+    offset = 0
     file.seek(0)
-    compressed = file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
-    file.seek(0)
-    if not compressed and path.endswith(".gz"):
-        resume = _next_member(file, 0, size)
-        if size:
-            yield Damage(path, 0, "gzip.no_member", resume)
-        compressed, offset = True, resume
-    else:
-        offset = 0
-    if not compressed:
-        yield from _plain_pieces(file)
-        return
+    if size and file.read(len(GZIP_MAGIC)) != GZIP_MAGIC:
+        offset = _next_member(file, 0, size, content)
+        yield Damage(path, 0, "gzip.no_member", offset)
     while offset < size:
+        member = _Member(offset, content.hold_bytes)
         try:
-            offset = yield from _inflate_member(file, offset)
-        except (zlib.error, EOFError) as error:
-            if isinstance(error, zlib.error) and _only_zeros(file, offset):
+            offset = yield from member.inflate(file)
+        except EOFError:
+            resume = _next_member(file, offset + 1, size, content)
+            if resume == size:
+                yield from member.held
+            # With members behind it, the file is not cut: this one ran on over them.
+            yield Damage(path, offset, "gzip.truncated" if resume == size else "gzip.damaged", resume - offset)
+            offset = resume
+        except zlib.error as error:
+            if _only_zeros(file, offset):
                 return  # tape padding, which gzip itself allows
-            reason = "gzip.truncated" if isinstance(error, EOFError) else "gzip.damaged"
-            resume = _next_member(file, offset + 1, size)
-            yield Damage(path, offset, reason, resume - offset)
+            resume = _next_member(file, offset + 1, size, content)
+            checksum = "incorrect" in str(error) and "check" in str(error) and "header" not in str(error)
+            yield Damage(path, offset, "gzip.checksum" if checksum else "gzip.damaged", resume - offset)
             offset = resume
 
 
-def _plain_pieces(file: BinaryIO) -> Iterator[Piece]:
-    offset = 0
-    while data := file.read(CHUNK_BYTES):
-        yield Piece(data, offset, starts_member=False, position=offset + len(data))
-        offset += len(data)
+@dataclass(slots=True)
+class _Member:
+    offset: int
+    hold_bytes: int
+    held: list[Piece] = field(default_factory=list)
+    held_bytes: int = 0
+    first: bool = True
+
+    def inflate(self, file: BinaryIO) -> Generator[Piece, None, int]:
+        """Yield the member's content; return where the next one begins.
+
+        Raises:
+            EOFError: the file ends inside the member; what could be inflated has been yielded or is in `held`.
+            zlib.error: the member is damaged; what came before has been yielded unless it is held back.
+        """
+        file.seek(self.offset)
+        inflater = zlib.decompressobj(_GZIP_WINDOW)
+        while not inflater.eof:
+            waiting = inflater.unconsumed_tail or file.read(_READ_BYTES)
+            before = inflater.copy() if not self._holds() else None
+            try:
+                data = inflater.decompress(waiting, CHUNK_BYTES)
+            except zlib.error:
+                if before is not None:
+                    yield from self._take(_inflate_until_error(before, waiting), file.tell())
+                raise
+            yield from self._take(data, file.tell())
+            if not waiting:
+                raise EOFError
+        yield from self.held
+        return file.tell() - len(inflater.unused_data)
+
+    def _holds(self) -> bool:
+        return self.held_bytes <= self.hold_bytes and self.hold_bytes > 0
+
+    def _take(self, data: bytes, position: int) -> Iterator[Piece]:
+        if not data:
+            return
+        self.held.append(Piece(data, self.offset, self.first, position))
+        self.held_bytes += len(data)
+        self.first = False
+        if not self._holds():
+            yield from self.held
+            self.held.clear()
 
 
-def _inflate_member(file: BinaryIO, offset: int) -> Generator[Piece, None, int]:
-    """Yield the member that begins at `offset`; return where the next one begins.
-
-    Raises:
-        EOFError: the file ends inside the member; what could be inflated has been yielded.
-        zlib.error: the member is damaged; held-back bytes are not yielded.
-    """
-    file.seek(offset)
-    inflater = zlib.decompressobj(_GZIP_WINDOW)
-    held: list[Piece] = []
-    held_bytes = 0
-    first = True
-    waiting = b""
-    while not inflater.eof:
-        waiting = inflater.unconsumed_tail or file.read(_READ_BYTES)
-        data = inflater.decompress(waiting, CHUNK_BYTES)
-        if data:
-            held.append(Piece(data, offset, first, file.tell()))
-            held_bytes += len(data)
-            first = False
-        if not waiting:
-            yield from held
-            raise EOFError
-        if held_bytes > MAX_RECORD_BYTES:
-            yield from held
-            held.clear()
-    yield from held
-    return file.tell() - len(inflater.unused_data)
+def _inflate_until_error(inflater: zlib._Decompress, waiting: bytes) -> bytes:
+    """What a failed call had inflated before it failed: zlib keeps that to itself."""
+    parts: list[bytes] = []
+    try:
+        for at in range(0, len(waiting), _RETRY_BYTES):
+            parts.append(inflater.decompress(waiting[at : at + _RETRY_BYTES]))
+    except zlib.error:
+        pass
+    return b"".join(parts)
 
 
-def _next_member(file: BinaryIO, start: int, size: int) -> int:
-    """Where, from `start` on, a gzip member begins whose content begins a WARC record; `size` if nowhere."""
+def _next_member(file: BinaryIO, start: int, size: int, content: Content) -> int:
+    """Where, from `start` on, a gzip member begins that holds what it should; `size` if nowhere."""
     offset = start
     while offset < size:
         file.seek(offset)
         chunk = file.read(CHUNK_BYTES)
         at = chunk.find(GZIP_MAGIC)
         while at >= 0:
-            if _holds_record(file, offset + at):
+            if _is_member(chunk[at : at + _TRIAL_BYTES], content):
                 return offset + at
             at = chunk.find(GZIP_MAGIC, at + 1)
-        # Chunks overlap, so that a magic number on the border is seen.
-        offset += max(len(chunk) - len(GZIP_MAGIC) + 1, 1)
+        # Chunks overlap, so that a member's beginning on the border is seen whole.
+        offset += max(len(chunk) - _TRIAL_BYTES, 1) if len(chunk) == CHUNK_BYTES else len(chunk)
     return size
 
 
-def _holds_record(file: BinaryIO, offset: int) -> bool:
-    file.seek(offset)
+def _is_member(start: bytes, content: Content) -> bool:
+    inflater = zlib.decompressobj(_GZIP_WINDOW)
     try:
-        start = zlib.decompressobj(_GZIP_WINDOW).decompress(file.read(_READ_BYTES), 256)
+        plain = inflater.decompress(start, _TRIAL_PLAIN_BYTES)
     except zlib.error:
         return False
-    return start.lstrip(b"\r\n").startswith(WARC_MAGIC)
+    return content.begins(plain)
 
 
 def _only_zeros(file: BinaryIO, offset: int) -> bool:

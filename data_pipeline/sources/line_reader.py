@@ -1,108 +1,89 @@
-"""Lines of a plain, gzip or zstd file, in bounded memory, with a cut or damaged stream reported."""
+"""Lines of a plain, gzip or zstd file, in bounded memory; behind a damaged stretch reading goes on."""
 
 from __future__ import annotations
 
-import zlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-import zstandard
-
 from data_pipeline.document import Damage
-from data_pipeline.sources.record import CHUNK_BYTES, MAX_RECORD_BYTES
+from data_pipeline.sources.record import MAX_RECORD_BYTES, Content
+from data_pipeline.sources.streams import read_pieces
 
-_GZIP_WINDOW = 31
-_ZSTD_READ_BYTES = 2048
-"""zstd cannot be told to stop at a size; 2 KiB are at most 512 blocks of 128 KiB, 64 MiB. Source: RFC 8878, 3.1.1.2."""
+_NO_TEXT = re.compile(rb"[\x00-\x08\x0e-\x1f]")
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line without its end; numbers begin at 1."""
+    """One line without its end; numbers begin at 1 and count what was seen of lines, whole or not."""
 
     number: int
     data: bytes
     position: int
+    """Byte on disk up to which the file has been read."""
+    may_be_cut: bool = False
+    """Damage lies before or behind it; it may be whole, or a part of a line."""
 
 
 def read_lines(file: BinaryIO, path: str) -> Iterator[Line | Damage]:
-    """Every line, in order; a line longer than MAX_RECORD_BYTES, and a stream that cannot be read on, as Damage."""
-    number = 1
-    pending = b""
-    too_long = 0
-    for chunk in _chunks(file, path):
-        if isinstance(chunk, Damage):
-            yield chunk
-            return  # the line begun before the damage is part of it
-        first, *following = chunk.split(b"\n")
-        if too_long:
-            too_long += len(first)
+    """Every line, in order; a line longer than MAX_RECORD_BYTES, and a stretch that cannot be read, as Damage."""
+    lines = _Lines(path)
+    # Lines are given out before the checksum is read: a file may be one member of any size.
+    for piece in read_pieces(file, path, Content(_begins_text, 0)):
+        if isinstance(piece, Damage):
+            yield from lines.finish(cut=True)
+            yield piece
         else:
-            pending += first
+            yield from lines.feed(piece.data, piece.position)
+    yield from lines.finish(cut=False)
+
+
+@dataclass(slots=True)
+class _Lines:
+    path: str
+    number: int = 1
+    pending: bytearray | None = None
+    """The line that has begun; None while one too long to hold is skipped."""
+    skipped: int = 0
+    position: int = 0
+    after_damage: bool = False
+
+    def feed(self, data: bytes, position: int) -> Iterator[Line | Damage]:
+        self.position = position
+        first, *following = data.split(b"\n")
+        self._add(first)
         for start in following:
-            if too_long:
-                yield Damage(path, number, "line_too_long", too_long, unit="line")
-            else:
-                yield Line(number, pending, file.tell())
-            number, too_long, pending = number + 1, 0, start
-        if len(pending) > MAX_RECORD_BYTES:
-            too_long, pending = len(pending), b""
-    if too_long:
-        yield Damage(path, number, "line_too_long", too_long, unit="line")
-    elif pending:
-        yield Line(number, pending, file.tell())
+            yield self._end(cut=False)
+            self._add(start)
 
+    def finish(self, *, cut: bool) -> Iterator[Line | Damage]:
+        """End of the file, or of what can be read before a damaged stretch."""
+        if self.pending or self.skipped:
+            yield self._end(cut=cut)
+        self.pending = None
+        self.after_damage = cut
 
-def _chunks(file: BinaryIO, path: str) -> Iterator[bytes | Damage]:
-    if path.endswith(".gz"):
-        yield from _inflated(file, path)
-    elif path.endswith(".zst"):
-        yield from _unzstd(file, path)
-    else:
-        while data := file.read(CHUNK_BYTES):
-            yield data
-
-
-def _inflated(file: BinaryIO, path: str) -> Iterator[bytes | Damage]:
-    size = file.seek(0, 2)
-    offset = file.seek(0)
-    while offset < size:
-        inflater = zlib.decompressobj(_GZIP_WINDOW)
-        file.seek(offset)
-        while not inflater.eof:
-            waiting = inflater.unconsumed_tail or file.read(CHUNK_BYTES)
-            try:
-                data = inflater.decompress(waiting, CHUNK_BYTES)
-            except zlib.error:
-                yield Damage(path, offset, "gzip.damaged", size - offset)
-                return
-            if data:
-                yield data
-            elif not waiting:
-                yield Damage(path, offset, "gzip.truncated", size - offset)
-                return
-        offset = file.tell() - len(inflater.unused_data)
-
-
-def _unzstd(file: BinaryIO, path: str) -> Iterator[bytes | Damage]:
-    size = file.seek(0, 2)
-    file.seek(0)
-    frame_offset = 0
-    frame = zstandard.ZstdDecompressor().decompressobj()
-    waiting = b""
-    while waiting or (waiting := file.read(_ZSTD_READ_BYTES)):
-        try:
-            data = frame.decompress(waiting)
-        except zstandard.ZstdError:
-            yield Damage(path, frame_offset, "zstd.damaged", size - frame_offset)
+    def _add(self, data: bytes) -> None:
+        if self.skipped:
+            self.skipped += len(data)
             return
-        waiting = b""
-        if data:
-            yield data
-        if frame.eof:
-            waiting = frame.unused_data
-            frame_offset = file.tell() - len(waiting)
-            frame = zstandard.ZstdDecompressor().decompressobj()
-    if frame_offset < size:
-        yield Damage(path, frame_offset, "zstd.truncated", size - frame_offset)
+        if self.pending is None:
+            self.pending = bytearray()
+        self.pending += data
+        if len(self.pending) > MAX_RECORD_BYTES:
+            self.skipped, self.pending = len(self.pending), None
+
+    def _end(self, *, cut: bool) -> Line | Damage:
+        found: Line | Damage
+        if self.skipped:
+            found = Damage(self.path, self.number, "line_too_long", self.skipped, unit="line")
+        else:
+            found = Line(self.number, bytes(self.pending or b""), self.position, cut or self.after_damage)
+        self.number += 1
+        self.skipped, self.pending, self.after_damage = 0, None, False
+        return found
+
+
+def _begins_text(plain: bytes) -> bool:
+    return bool(plain) and _NO_TEXT.search(plain) is None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from data_pipeline.document import Damage
@@ -12,6 +12,28 @@ MAX_RECORD_BYTES = 64 * 2**20
 
 CHUNK_BYTES = 2**20
 """How much is read or inflated at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Plain bytes of a file, about a chunk of them at most."""
+
+    data: bytes
+    offset: int
+    """Byte on disk at which its gzip member or zstd frame (or, uncompressed, the piece itself) begins."""
+    starts_member: bool
+    position: int
+    """Byte on disk up to which the file has been read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What the gzip members or zstd frames of a file hold."""
+
+    begins: Callable[[bytes], bool]
+    """Whether a member may begin with these plain bytes: tells real members from chance behind damage."""
+    hold_bytes: int
+    """A member of up to so many plain bytes is given out only once its checksum is right; 0: believed as it comes."""
 
 
 @dataclass(slots=True)

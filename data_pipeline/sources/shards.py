@@ -7,7 +7,8 @@ from pathlib import Path
 
 from data_pipeline.config import DataJob, Source
 from data_pipeline.document import Shard
-from data_pipeline.sources.files import find_files
+from data_pipeline.sources.common_crawl import crawl_addresses
+from data_pipeline.sources.files import find_files, is_remote, read_paths_file
 from data_pipeline.sources.hub import read_hub
 from data_pipeline.sources.jsonl import read_jsonl
 from data_pipeline.sources.parquet import read_parquet
@@ -20,8 +21,10 @@ from megagpt.errors import DataError
 _NO_WILDCARDS = str.maketrans("", "", "*?[]")
 KIND_OF_ENDING = {
     ".warc.gz": "warc",
+    ".warc.zst": "warc",
     ".warc": "warc",
     ".wet.gz": "wet",
+    ".wet.zst": "wet",
     ".wet": "wet",
     ".jsonl": "jsonl",
     ".jsonl.gz": "jsonl",
@@ -50,24 +53,45 @@ def prepare_sources(job: DataJob) -> list[Shard]:
 
 
 def list_shards(source: Source, ordinal_start: int) -> list[Shard]:
-    """One shard a file, sorted by name; a hub data set is one shard.
+    """One shard a file, sorted by name, or in the order of a list of paths; a hub data set is one shard.
 
     Raises:
-        DataError: nothing matches the path, or a file's format cannot be told from its name.
+        DataError: nothing matches the path, a list of paths is wrong, or a file's format cannot be told from its name.
     """
     if source.kind == "python_docs":
         raise DataError("a source of kind python_docs has no files before prepare_sources has built them")
     if source.kind == "hub":
         return [Shard(ordinal_start, source_name(source), "hub", source.path, 0)]
+    return [
+        Shard(ordinal, source_name(source), _kind(path, source), path, size)
+        for ordinal, (path, size) in enumerate(_list_files(source), ordinal_start)
+    ]
+
+
+def _list_files(source: Source) -> list[tuple[str, int]]:
+    """Paths or addresses with their sizes in bytes; 0 where asking would take a request a file."""
+    name = source.name or repr(source.kind)
+    if source.kind == "common_crawl":
+        return [_with_size(path) for path in crawl_addresses(source)]
+    if source.paths_file is not None:
+        if source.path:
+            raise DataError(f"source {name}: both path and paths_file are set; leave one of them out")
+        return [_with_size(path) for path in read_paths_file(source.paths_file)]
     if not source.path:
-        raise DataError(f"source {source.name or source.kind!r}: path is empty; name a file, a folder or a glob")
+        raise DataError(f"source {name}: path is empty; name a file, a folder or a glob, or a paths_file")
     files = find_files(source.path)
     if not files:
         raise DataError(f"{source.path}: no file matches; a source is a file, a folder with files, or a glob")
-    return [
-        Shard(ordinal, source_name(source), _kind(path, source), path, size)
-        for ordinal, (path, size) in enumerate(files, ordinal_start)
-    ]
+    return files
+
+
+def _with_size(path: str) -> tuple[str, int]:
+    if is_remote(path):
+        return path, 0
+    try:
+        return path, Path(path).stat().st_size
+    except OSError as error:
+        raise DataError(f"{path}: named in a list of paths, but cannot be opened: {error.strerror}") from None
 
 
 def read_shard(shard: Shard, source: Source) -> Records:
@@ -105,12 +129,15 @@ def source_name(source: Source) -> str:
     """What a source is called in reports: its name, else the last telling part of its path, else its kind."""
     if source.name:
         return source.name
-    stems = (part.split(".")[0].translate(_NO_WILDCARDS).strip("-_/") for part in reversed(Path(source.path).parts))
+    if source.crawl:
+        return source.crawl
+    path = Path(source.path or source.paths_file or "")
+    stems = (part.split(".")[0].translate(_NO_WILDCARDS).strip("-_/") for part in reversed(path.parts))
     return next((stem for stem in stems if stem), source.kind)
 
 
 def _kind(path: str, source: Source) -> str:
-    if source.kind != "auto":
+    if source.kind not in ("auto", "common_crawl"):
         return source.kind
     # Common Crawl names its text archives NAME.warc.wet.gz: the last ending decides.
     for ending in sorted(KIND_OF_ENDING, key=len, reverse=True):

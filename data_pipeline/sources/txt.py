@@ -12,7 +12,7 @@ def read_txt(shard: Shard) -> Records:
     with open_file(shard.path) as file:
         data = file.read(MAX_RECORD_BYTES + 1)
     if len(data) > MAX_RECORD_BYTES:
-        yield Damage(shard.path, 0, "txt.too_large", shard.size_bytes, unit="file")
+        yield Damage(shard.path, 0, "txt.too_large", shard.size_bytes or len(data), unit="file")
         return
     try:
         text = data.decode("utf-8-sig")

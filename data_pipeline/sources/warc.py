@@ -6,28 +6,28 @@ from fastwarc.warc import WarcRecord, WarcRecordType
 
 from data_pipeline.document import Damage, Shard
 from data_pipeline.sources.files import open_file
-from data_pipeline.sources.gzip_members import read_pieces
 from data_pipeline.sources.http_message import BodyError, parse_response
 from data_pipeline.sources.record import RawRecord, Records
-from data_pipeline.sources.warc_frames import frame_records
+from data_pipeline.sources.streams import read_pieces
+from data_pipeline.sources.warc_frames import WARC_CONTENT, frame_records
 
 HTML_TYPES = frozenset({"text/html", "application/xhtml+xml"})
 
 
 def read_warc(shard: Shard) -> Records:
-    """Every record of a .warc or .warc.gz; only successful HTML responses carry `html`, the others a reason."""
+    """Every record of a WARC file, plain, .gz or .zst; only successful HTML responses have `html`, others a reason."""
     return _read(shard, wet=False)
 
 
 def read_wet(shard: Shard) -> Records:
-    """Every record of a .wet or .wet.gz; `conversion` records carry `text`, the others a reason."""
+    """Every record of a WET file, plain, .gz or .zst; `conversion` records have `text`, the others a reason."""
     return _read(shard, wet=True)
 
 
 def _read(shard: Shard, *, wet: bool) -> Records:
     ordinal = 0
     with open_file(shard.path) as file:
-        for frame in frame_records(read_pieces(file, shard.path), shard.path):
+        for frame in frame_records(read_pieces(file, shard.path, WARC_CONTENT), shard.path):
             if isinstance(frame, Damage):
                 yield frame
                 continue

@@ -7,12 +7,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from data_pipeline.document import Damage
-from data_pipeline.sources.gzip_members import WARC_MAGIC, Piece
-from data_pipeline.sources.record import MAX_RECORD_BYTES
+from data_pipeline.sources.record import MAX_RECORD_BYTES, Content, Piece
+
+WARC_MAGIC = b"WARC/"
+WARC_CONTENT = Content(lambda plain: plain.lstrip(b"\r\n").startswith(WARC_MAGIC), MAX_RECORD_BYTES)
+"""Members hold a record or more; what a damaged one gives is thrown away, a record being worth less than the truth."""
 
 _HEADER_END = re.compile(rb"\r?\n\r?\n")
 _LENGTH = re.compile(rb"^content-length:\s*(\d{1,18})\s*$", re.IGNORECASE | re.MULTILINE)
 _NEXT_RECORD = re.compile(rb"(?<=\n)WARC/\d")
+_FOLLOWING_RECORD = re.compile(rb"\r?\n\r?\n(?=WARC/\d)")
+_FOLLOWING_BYTES = 10
+"""What `_FOLLOWING_RECORD` looks at."""
+_RECORD_ENDS = (b"\r\n\r\n", b"\n\n", WARC_MAGIC)
 _MAX_HEADER_BYTES = 64 * 2**10
 
 
@@ -34,6 +41,8 @@ class _Framer:
     position: int = 0
     to_skip: int = 0
     """Bytes still to come of a record that is too large to hold."""
+    skipped: int = 0
+    """Bytes of that record that came already."""
 
     def feed(self, piece: Piece) -> Iterator[Frame | Damage]:
         """Add a piece; yield what is complete."""
@@ -43,43 +52,69 @@ class _Framer:
         if not self.buffer:
             self.offset = piece.offset
         self.position = piece.position
-        skipped = min(self.to_skip, len(piece.data))
-        self.to_skip -= skipped
-        self.buffer += piece.data[skipped:]
+        self.buffer += piece.data
+        if self.to_skip:
+            yield from self._skip()
         if not self.to_skip:
             yield from self._complete_records()
         # What is left began, at the earliest, in this piece.
         if len(self.buffer) <= len(piece.data):
             self.offset = piece.offset
 
-    def finish(self, reason: str) -> Iterator[Damage]:
-        """End of the input, or of what can be read of it: an incomplete record is lost."""
-        left = len(self.buffer.strip())
-        if left or self.to_skip:
-            yield Damage(self.path, self.offset, reason, left + self.to_skip)
+    def finish(self, reason: str) -> Iterator[Frame | Damage]:
+        """End of the input, or of what can be read of it: an incomplete record is lost, one behind it is not."""
+        while self.to_skip or self.buffer.strip():
+            following = _FOLLOWING_RECORD.search(self.buffer)
+            end = following.end() if following else len(self.buffer)
+            why = "warc.record_too_large" if self.to_skip else "warc.wrong_length" if following else reason
+            yield Damage(self.path, self.offset, why, self.skipped + len(self.buffer[:end].strip()))
+            del self.buffer[:end]
+            self.to_skip = self.skipped = 0
+            yield from self._complete_records()
         self.forget()
 
     def forget(self) -> None:
         """Drop an incomplete record whose loss has been reported already."""
         self.buffer.clear()
-        self.to_skip = 0
+        self.to_skip = self.skipped = 0
+
+    def _skip(self) -> Iterator[Damage]:
+        """Pass over a record that is too large, to its end or to where another one begins: its length may be wrong."""
+        following = _FOLLOWING_RECORD.search(self.buffer, 0, self.to_skip + _FOLLOWING_BYTES)
+        if following is not None:
+            n_bytes, done = following.start(), True
+        elif len(self.buffer) >= self.to_skip + _FOLLOWING_BYTES:
+            n_bytes, done = self.to_skip, True
+        else:
+            # The last bytes stay: a beginning may lie on the border.
+            n_bytes, done = min(max(len(self.buffer) - _FOLLOWING_BYTES, 0), self.to_skip), False
+        del self.buffer[:n_bytes]
+        self.skipped += n_bytes
+        self.to_skip = 0 if done else self.to_skip - n_bytes
+        if done:
+            yield Damage(self.path, self.offset, "warc.record_too_large", self.skipped)
+            self.skipped = 0
 
     def _complete_records(self) -> Iterator[Frame | Damage]:
         start = 0
         while True:
             start = _skip_line_ends(self.buffer, start)
             outcome = self._record_at(start)
-            if outcome is None:
-                break
-            found, end = outcome
-            if found is not None:
+            if outcome is not None:
+                found, start = outcome
                 yield found
-            self.to_skip = max(0, end - len(self.buffer))
-            start = min(end, len(self.buffer))
-        del self.buffer[:start]
+                continue
+            del self.buffer[:start]
+            start = 0
+            if self.to_skip:
+                yield from self._skip()
+            else:
+                return
+            if self.to_skip:
+                return
 
-    def _record_at(self, start: int) -> tuple[Frame | Damage | None, int] | None:
-        """What begins at `start`, with its end (which may lie beyond the buffer), or None if more is needed."""
+    def _record_at(self, start: int) -> tuple[Frame | Damage, int] | None:
+        """What begins at `start`, with its end, or None if more is needed or the record has to be skipped."""
         head = bytes(self.buffer[start : start + len(WARC_MAGIC)])
         if not WARC_MAGIC.startswith(head):
             return self._garbage(start, "warc.garbage")
@@ -92,14 +127,30 @@ class _Framer:
             return self._garbage(start, "warc.no_content_length")
         end = header.end() + int(length[1])
         if end - start > MAX_RECORD_BYTES:
-            return Damage(self.path, self.offset, "warc.record_too_large", end - start), end
+            self.to_skip = end - start
+            return None
         if end > len(self.buffer):
             return None
+        if not self._ends_at(end):
+            following = _FOLLOWING_RECORD.search(self.buffer, header.end() - 4, end + _FOLLOWING_BYTES)
+            if following is not None:
+                n_bytes = following.start() - start
+                return Damage(self.path, self.offset, "warc.wrong_length", n_bytes), following.end()
         return Frame(bytes(self.buffer[start:end]), self.offset, self.position), end
+
+    def _ends_at(self, end: int) -> bool:
+        """Whether what follows is what follows a record; without it, Content-Length may be wrong."""
+        following = bytes(self.buffer[end : end + 5])
+        return any(following.startswith(ending) or ending.startswith(following) for ending in _RECORD_ENDS)
 
     def _garbage(self, start: int, reason: str) -> tuple[Damage, int]:
         following = _NEXT_RECORD.search(self.buffer, start + 1)
         end = following.start() if following else len(self.buffer)
+        if not following:
+            # The beginning of a record on the border of the buffer stays.
+            line_end = self.buffer.rfind(b"\n", max(start + 1, end - len(WARC_MAGIC) - 1))
+            if line_end >= 0 and WARC_MAGIC.startswith(bytes(self.buffer[line_end + 1 :])):
+                end = line_end
         return Damage(self.path, self.offset, reason, end - start), end
 
 

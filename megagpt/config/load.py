@@ -1,7 +1,8 @@
 """YAML files and `key=value` arguments -> one strict, frozen configuration; and back to YAML.
 
-Files add up: a key that stands in two files is an error. Only the command line overrides. Every complaint
-names the file, the key, the value and, for a misspelt key, the nearest right one.
+Files add up: a key that stands in two files is an error. Only the command line overrides. A file may say
+`include: [other.yaml]`, paths relative to itself: the same as naming these files too. Every complaint names the file,
+the key, the value and, for a misspelt key, the nearest right one.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from ruamel.yaml.error import YAMLError
 from megagpt.errors import ConfigError
 
 COMMAND_LINE = "command line"
+INCLUDE = "include"
+FOLDER = "${folder}"
+"""What a path in a file begins with, where it is relative to the folder of that file and not to the working folder."""
 KeyPath = tuple[str, ...]
 
 
@@ -46,8 +50,8 @@ def load_config(schema: type[SectionT], files: Sequence[Path], overrides: Sequen
     """
     values: dict[str, Any] = {}
     origin: dict[KeyPath, str] = {}
-    for file in files:
-        _merge_file(values, origin, file)
+    for file, content in _with_included(files):
+        _merge_file(values, origin, file, content)
     for override in overrides:
         _apply_override(values, origin, override)
     return _validate(schema, values, origin)
@@ -79,7 +83,12 @@ def parse_value(text: str) -> Any:
     return YAML(typ="safe", pure=True).load(text)
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The mappings of one YAML 1.2 file.
+
+    Raises:
+        ConfigError: it is missing, no YAML, or holds no mappings.
+    """
     try:
         content = YAML(typ="safe", pure=True).load(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -105,8 +114,35 @@ def _leaves(values: Mapping[str, Any], at: KeyPath = ()) -> Iterator[tuple[KeyPa
             yield path, value
 
 
-def _merge_file(values: dict[str, Any], origin: dict[KeyPath, str], file: Path) -> None:
-    for path, value in _leaves(_read_yaml(file)):
+def _with_included(files: Sequence[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Each file with its content, and those that it includes; a file that is reached twice is read once."""
+    waiting, seen = list(reversed(files)), set()
+    while waiting:
+        file = waiting.pop()
+        if file.resolve() in seen:
+            continue
+        seen.add(file.resolve())
+        content = read_yaml(file)
+        included = content.pop(INCLUDE, [])
+        if not isinstance(included, list) or not all(isinstance(name, str) for name in included):
+            raise ConfigError(f"{file}: {INCLUDE} = {included!r} must be a list of YAML files, relative to this one")
+        waiting += [file.parent / name for name in reversed(included)]
+        yield file, _in_folder(content, file.parent)
+
+
+def _in_folder(value: Any, folder: Path) -> Any:
+    """`value` with FOLDER at the beginning of its texts replaced: paths that move with the file that says them."""
+    if isinstance(value, dict):
+        return {key: _in_folder(part, folder) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_in_folder(part, folder) for part in value]
+    if isinstance(value, str) and value.startswith(f"{FOLDER}/"):
+        return str(folder / value.removeprefix(f"{FOLDER}/"))
+    return value
+
+
+def _merge_file(values: dict[str, Any], origin: dict[KeyPath, str], file: Path, content: Mapping[str, Any]) -> None:
+    for path, value in _leaves(content):
         if value == {}:  # adds nothing to what another file says there, and takes no key
             if _get(values, path) is None:
                 _set(values, path, {}, str(file))

@@ -19,8 +19,7 @@ from __future__ import annotations
 
 import os
 import struct
-from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -49,6 +48,7 @@ _HEADER = struct.Struct("<9sQBQQ")
 _UINT16_VOCABULARY = 65500  # Megatron's own limit, below 2**16. Source: DType.optimal_dtype in the file named above
 _LONGEST_SEQUENCE = 2**31 - 1  # lengths are int32
 _CHUNK = 1 << 20  # sequences checked or written at a time
+_BUFFER_BYTES = 1 << 17  # of each file that is being written; per-source packing keeps many open
 
 Tokens = npt.NDArray[np.integer]
 
@@ -71,32 +71,31 @@ def token_dtype(vocab_size: int) -> np.dtype[np.integer]:
 
 
 class TokenFileWriter:
-    """Writes a pair, document by document; a context manager.
+    """Writes a pair, document by document or in blocks of them; a context manager.
 
     The pair gets its name when the block ends without an exception, the index last: it is what makes the pair
-    valid. An older pair of the same name is replaced. Keeps 4 bytes a document in memory.
+    valid. An older pair of the same name is replaced. Memory does not grow with the number of documents: their
+    lengths go to the unfinished index at once, where the rest of it is made from them.
     """
 
     def __init__(self, prefix: Path, dtype: npt.DTypeLike) -> None:
         self.prefix = prefix
         self.dtype: np.dtype[Any] = np.dtype(dtype)
         self.n_tokens = 0
+        self.n_documents = 0
         self.max_token_id = -1
         """Largest id so far; -1 before the first token."""
-        self._lengths = array("i")
-        self._file: BinaryIO | None = None
+        self._bin: BinaryIO | None = None
+        self._idx: BinaryIO | None = None
         if self.dtype not in _CODE_OF_DTYPE:
             known = ", ".join(known.name for known in _CODE_OF_DTYPE)
             raise DataError(f"{prefix}: tokens cannot be stored as {self.dtype.name}; the format knows {known}")
 
-    @property
-    def n_documents(self) -> int:
-        """Documents so far."""
-        return len(self._lengths)
-
     def __enter__(self) -> Self:
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._file = temporary_name(bin_path(self.prefix)).open("wb", buffering=1 << 20)
+        self._bin = temporary_name(bin_path(self.prefix)).open("wb", buffering=_BUFFER_BYTES)
+        self._idx = temporary_name(idx_path(self.prefix)).open("wb+", buffering=_BUFFER_BYTES)
+        self._idx.write(bytes(_HEADER.size))  # its numbers are known at the end
         return self
 
     def add_document(self, tokens: Sequence[int] | Tokens) -> None:
@@ -105,14 +104,29 @@ class TokenFileWriter:
         Raises:
             DataError: an id is not an integer or does not fit the type of the file.
         """
-        if self._file is None:
-            raise ValueError("add_document belongs inside `with TokenFileWriter(...) as writer:`")
         found = np.asarray(tokens)
-        if found.size:
-            self._check(found)
-            self._file.write(found.astype(self.dtype).tobytes())
-        self._lengths.append(found.size)
-        self.n_tokens += found.size
+        self.add_documents(found, np.array([found.size]))
+
+    def add_documents(self, tokens: Tokens, lengths: npt.NDArray[np.integer]) -> None:
+        """Append documents that follow each other in one array.
+
+        Args:
+            tokens: of all of them, (n_tokens,).
+            lengths: tokens in each, (n_documents,); they add up to n_tokens.
+
+        Raises:
+            DataError: an id is not an integer or does not fit the type of the file; a document is too long.
+        """
+        if self._bin is None or self._idx is None:
+            raise ValueError("a document belongs inside `with TokenFileWriter(...) as writer:`")
+        if int(lengths.sum()) != tokens.size:
+            raise ValueError(f"lengths add up to {int(lengths.sum())}, but there are {tokens.size} tokens")
+        if tokens.size:
+            self._check(tokens, lengths)
+            self._bin.write(np.ascontiguousarray(tokens, self.dtype).data)
+        self._idx.write(lengths.astype("<i4").data)
+        self.n_tokens += tokens.size
+        self.n_documents += len(lengths)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -122,54 +136,59 @@ class TokenFileWriter:
             if error is None:
                 self._finish(*temporaries)
         finally:
-            if self._file is not None:
-                self._file.close()
-                self._file = None
+            for file in (self._bin, self._idx):
+                if file is not None:
+                    file.close()
+            self._bin = self._idx = None
             for temporary in temporaries:
                 temporary.unlink(missing_ok=True)
 
-    def _check(self, tokens: npt.NDArray[Any]) -> None:
+    def _check(self, tokens: npt.NDArray[Any], lengths: npt.NDArray[np.integer]) -> None:
         where = f"{bin_path(self.prefix)}: document {self.n_documents}"
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
             raise DataError(
                 f"{where}: tokens must be one row of 64-bit integers, got {tokens.ndim} dimension(s) of {tokens.dtype}"
             )
-        low, high = int(tokens.min()), int(tokens.max())
-        limits = np.iinfo(self.dtype)
-        if low < 0 or high > limits.max:
-            bad = low if low < 0 else high
-            raise DataError(f"{where}: token id {bad} does not fit {self.dtype.name}, which holds 0 .. {limits.max}")
-        if tokens.size > _LONGEST_SEQUENCE:
-            raise DataError(f"{where}: {tokens.size} tokens; the format holds at most {_LONGEST_SEQUENCE} a document")
+        high, limits = int(tokens.max()), np.iinfo(self.dtype)
+        if int(tokens.min()) < 0 or high > limits.max:
+            at = int(np.argmax((tokens < 0) | (tokens > limits.max)))
+            document = self.n_documents + int(np.searchsorted(np.cumsum(lengths), at, side="right"))
+            raise DataError(
+                f"{bin_path(self.prefix)}: document {document}: token id {tokens[at]} does not fit {self.dtype.name}, "
+                f"which holds 0 .. {limits.max}"
+            )
+        longest = int(lengths.max())
+        if longest > _LONGEST_SEQUENCE:
+            raise DataError(f"{where}: {longest} tokens; the format holds at most {_LONGEST_SEQUENCE} a document")
         self.max_token_id = max(self.max_token_id, high)
 
     def _finish(self, temporary_bin: Path, temporary_idx: Path) -> None:
-        if self._file is None:
+        if self._bin is None or self._idx is None:
             raise ValueError("the writer was not entered")
-        flush_to_disk(self._file)
-        with temporary_idx.open("wb", buffering=1 << 20) as file:
-            for part in self._index_parts():
-                file.write(part)
-            flush_to_disk(file)
+        flush_to_disk(self._bin)
+        self._finish_index(self._idx)
+        flush_to_disk(self._idx)
         # An older index must not meet the new tokens, not even for the moment between two renames.
         idx_path(self.prefix).unlink(missing_ok=True)
         flush_folder(self.prefix.parent)
         publish(temporary_bin, bin_path(self.prefix))
         publish(temporary_idx, idx_path(self.prefix))
 
-    def _index_parts(self) -> Iterator[bytes]:
-        n = self.n_documents
-        lengths = np.frombuffer(self._lengths, dtype=np.int32) if n else np.empty(0, np.int32)
-        yield _HEADER.pack(MAGIC, VERSION, _CODE_OF_DTYPE[self.dtype], n, n + 1)
-        yield lengths.astype("<i4").tobytes()
-        begin = 0
+    def _finish_index(self, idx: BinaryIO) -> None:
+        """The lengths are there: add pointers and document indices, then the header."""
+        n, begin = self.n_documents, 0
         for start in range(0, n, _CHUNK):
-            sizes = lengths[start : start + _CHUNK].astype(np.int64) * self.dtype.itemsize
+            idx.seek(_HEADER.size + 4 * start)
+            sizes = np.frombuffer(idx.read(4 * min(_CHUNK, n - start)), "<i4").astype(np.int64) * self.dtype.itemsize
             ends = begin + np.cumsum(sizes)
-            yield (ends - sizes).astype("<i8").tobytes()
+            idx.seek(_HEADER.size + 4 * n + 8 * start)
+            idx.write((ends - sizes).astype("<i8").data)
             begin = int(ends[-1])
+        idx.seek(_HEADER.size + 12 * n)
         for start in range(0, n + 1, _CHUNK):
-            yield np.arange(start, min(start + _CHUNK, n + 1), dtype="<i8").tobytes()
+            idx.write(np.arange(start, min(start + _CHUNK, n + 1), dtype="<i8").data)
+        idx.seek(0)
+        idx.write(_HEADER.pack(MAGIC, VERSION, _CODE_OF_DTYPE[self.dtype], n, n + 1))
 
 
 @dataclass(frozen=True, eq=False)

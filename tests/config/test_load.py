@@ -292,3 +292,45 @@ def runs(draw: st.DrawFn) -> TrainingRun:
 def test_a_dumped_configuration_reads_back_equal(tmp_path, config):
     file = write(tmp_path / "config.yaml", dump_config(config))
     assert load_config(TrainingRun, [file]) == config
+
+
+def test_a_file_includes_others_by_paths_relative_to_itself(tmp_path):
+    (tmp_path / "parts").mkdir()
+    write(tmp_path / "parts" / "model.yaml", MODEL)
+    whole = write(tmp_path / "whole.yaml", "include: [parts/model.yaml]\n" + REST)
+    assert load_config(TrainingRun, [whole]) == load_config(TrainingRun, [write(tmp_path / "one.yaml", MODEL + REST)])
+
+
+def test_a_file_that_is_included_and_named_counts_once_and_a_circle_ends(tmp_path):
+    whole = write(tmp_path / "whole.yaml", "include: [model.yaml]\n" + REST)
+    model = write(tmp_path / "model.yaml", "include: [whole.yaml]\n" + MODEL)
+    assert load_config(TrainingRun, [model, whole]).model.family == "gpt2"
+
+
+def test_an_included_file_adds_up_as_any_other(tmp_path):
+    write(tmp_path / "more.yaml", "optim: {lr: 1e-3}\n")
+    whole = write(tmp_path / "whole.yaml", "include: [more.yaml]\n" + MODEL + REST)
+    assert "more.yaml: optim.lr = 0.001 is already set in" in complaint([whole])
+
+
+@pytest.mark.parametrize("included", ["more.yaml", "[1]", "{a: b}"])
+def test_include_must_be_a_list_of_files(tmp_path, included):
+    whole = write(tmp_path / "whole.yaml", f"include: {included}\n" + MODEL + REST)
+    assert "include = " in complaint([whole])
+
+
+def test_an_included_file_that_is_missing_is_named(tmp_path):
+    whole = write(tmp_path / "whole.yaml", "include: [gone.yaml]\n" + MODEL + REST)
+    assert "gone.yaml: no such configuration file" in complaint([whole])
+
+
+def test_a_path_may_be_relative_to_the_folder_of_its_file(tmp_path, monkeypatch):
+    (tmp_path / "tokens").mkdir()
+    others = write(tmp_path / "others.yaml", MODEL + REST.replace("data: {train: tokens}\n", ""))
+    mixture = 'data: {train: [{prefix: "${folder}/web", weight: 1.0}], val: "${folder}/val", tokenizer: "a${folder}/"}'
+    config = load_config(TrainingRun, [others, write(tmp_path / "tokens/mixture.yaml", mixture)])
+    assert [part.prefix for part in config.data.train] == [tmp_path / "tokens/web"]
+    assert config.data.val == tmp_path / "tokens/val"
+    assert config.data.tokenizer == "a${folder}/"  # only where a text begins with it
+    monkeypatch.chdir(tmp_path)
+    assert load_config(TrainingRun, [others, Path("tokens/mixture.yaml")]).data.val == Path("tokens/val")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 import tempfile
 import warnings
@@ -71,6 +72,37 @@ def test_what_was_written_is_read(tmp_path):
 def test_any_documents_survive_the_round_trip(documents, dtype):
     with tempfile.TemporaryDirectory() as folder:
         assert contents(TokenFile.open(write(Path(folder) / "t", documents, dtype))) == documents
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    documents=st.lists(st.lists(st.integers(0, 60_000), max_size=6), max_size=20),
+    cuts=st.lists(st.integers(0, 20), max_size=5),
+)
+def test_blocks_of_documents_make_the_bytes_that_single_ones_make(documents, cuts):
+    with tempfile.TemporaryDirectory() as folder:
+        one, blocks = Path(folder) / "one", Path(folder) / "blocks"
+        write(one, documents)
+        bounds = [0, *sorted(min(cut, len(documents)) for cut in cuts), len(documents)]
+        with TokenFileWriter(blocks, np.uint16) as writer:
+            for start, end in itertools.pairwise(bounds):
+                part = documents[start:end]
+                flat = np.array([token for document in part for token in document], np.int64)
+                writer.add_documents(flat, np.array([len(document) for document in part], np.int64))
+        assert (writer.n_documents, writer.n_tokens) == (len(documents), sum(map(len, documents)))
+        assert writer.max_token_id == max((token for document in documents for token in document), default=-1)
+        for ending in (".bin", ".idx"):
+            assert one.with_suffix(ending).read_bytes() == blocks.with_suffix(ending).read_bytes()
+
+
+def test_a_wrong_token_of_a_block_is_named_with_its_document(tmp_path):
+    with TokenFileWriter(tmp_path / "t", np.uint16) as writer:
+        writer.add_documents(np.array([1, 2]), np.array([1, 0, 1]))
+        with pytest.raises(DataError, match=r"t\.bin: document 5: token id 70000 does not fit uint16"):
+            writer.add_documents(np.array([3, 4, 5, 70000, -1]), np.array([2, 1, 2]))
+        with pytest.raises(ValueError, match="lengths add up to 3, but there are 2 tokens"):
+            writer.add_documents(np.array([1, 2]), np.array([3]))
+    assert contents(TokenFile.open(tmp_path / "t")) == [[1], [], [2]]
 
 
 def test_no_documents_make_a_valid_pair(tmp_path):

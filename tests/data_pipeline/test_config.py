@@ -18,7 +18,7 @@ def test_a_bare_string_among_the_sources_is_a_path() -> None:
 
 
 def test_what_is_written_down_of_a_job_reads_back_equal(tmp_path: Path) -> None:
-    job = load("sources=[a.jsonl, {kind: python_docs, packages: [click]}]", "filters.c4.bad_words=[x]")
+    job = load("sources=[a.jsonl, {kind: python_docs, packages: [click]}]", "filters.gopher_quality.stop_words=[x]")
     (tmp_path / "job.yaml").write_text(dump_config(job))
     assert load_config(DataJob, [tmp_path / "job.yaml"]) == job
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.config import DataJob
-from data_pipeline.report import bars, funnel, status, write_report
+from data_pipeline.report import bars, funnel, write_report
 from data_pipeline.run import run_job
 from megagpt.errors import DataError
 
@@ -74,20 +74,25 @@ def test_the_reports_hold_funnel_sources_damage_and_examples(out: Path):
     html, markdown = (out / "report.html").read_text(), (out / "report.md").read_text()
     report = json.loads((out / "report.json").read_text())
     for text in (html, markdown):
-        assert "gopher_quality.too_few_words" in text
+        assert "gopher_quality.min_words" in text
         assert str(out.parent / "c.jsonl") in text
         assert f"{report['splits']['train']['tokens']:,}" in text
     assert report["damage"]["count"] == 1
-    assert report["examples"]["gopher_quality.too_few_words"][0]["text"] == EVIL
+    assert report["examples"]["gopher_quality.min_words"][0]["text"] == EVIL
 
 
 def test_the_funnel_ends_with_the_documents_that_were_packed(out: Path):
     report = json.loads((out / "report.json").read_text())
     steps = funnel(report)
-    assert steps[0] == ("records", 44)
-    assert steps[-1][1] == sum(split["documents"] for split in report["splits"].values()) == 40
-    numbers = [number for _, number in steps]
-    assert numbers == sorted(numbers, reverse=True)
+    assert [(step.name, step.lost, step.left) for step in steps] == [("json", 1, 43), ("gopher_quality", 3, 40)]
+    assert steps[1].rules == {"gopher_quality.min_words": 3}
+    assert steps[1].by_source == {"<i>crawl</i>": 3}
+    assert steps[-1].left == sum(split["documents"] for split in report["splits"].values())
+
+
+def test_every_source_is_conserved_in_the_report(out: Path):
+    source = json.loads((out / "report.json").read_text())["sources"]["<i>crawl</i>"]
+    assert source["records"] == 44 == source["packed"] + sum(source["lost"].values())
 
 
 def test_bars_are_in_proportion_to_the_largest():
@@ -95,28 +100,7 @@ def test_bars_are_in_proportion_to_the_largest():
     assert bars({}) == []
 
 
-def test_status_shows_every_stage_and_the_warnings_of_a_finished_job(out: Path):
-    page = status(out)
-    assert "map         1 of 1 task(s) done           44 documents in           40 out" in page
-    assert "warning: 1 damaged place(s) in the sources" in page
-    assert page.endswith(f"finished; report: {out / 'report.html'}\n")
-
-
-def test_status_of_an_unfinished_job_shows_what_was_rejected_so_far(out: Path, tmp_path: Path):
-    (tmp_path / "stages/map").mkdir(parents=True)
-    record = (out / "stages/map/000000.json").read_bytes()
-    (tmp_path / "stages/map/000000.json").write_bytes(record)
-    (tmp_path / "plan.json").write_text('{"shards": 5, "shard_bytes": 1}')
-    page = status(tmp_path)
-    assert "map         1 of 5 task(s) done" in page
-    assert "encode      0 of 5 task(s) done" in page
-    assert "3 gopher_quality.too_few_words" in page
-    assert page.endswith("not finished: run the same command again\n")
-
-
-def test_a_folder_without_a_job_or_without_a_report_is_an_error(tmp_path: Path):
-    with pytest.raises(DataError, match="no data job here"):
-        status(tmp_path)
+def test_a_folder_without_a_report_is_an_error(tmp_path: Path):
     with pytest.raises(DataError, match="a data job writes it when it has finished"):
         write_report(tmp_path)
     (tmp_path / "report.json").write_text("{")

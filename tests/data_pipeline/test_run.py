@@ -122,7 +122,7 @@ def test_token_files_hold_the_documents_that_the_manifest_and_the_report_count(f
         assert report["splits"][split]["tokens"] == file.n_tokens
         total += len(documents)
     web = report["sources"]["web"]
-    assert (web["records"], web["exact_duplicate"], web["near_duplicate"], web["packed"]) == (90, 3, 3, 84)
+    assert (web["records"], web["lost"], web["packed"]) == (90, {"exact_duplicate": 3, "near_duplicate": 3}, 84)
     assert total == 84
     assert report["dedup"]["cluster_sizes"] == {"2": 0, "3-4": 3}
 
@@ -172,7 +172,7 @@ def test_a_changed_configuration_runs_its_stage_and_what_follows_and_says_why(co
     run_job(job_for(corpus, tmp_path))
     said, summary = run_and_listen(job_for(corpus, tmp_path, dedup={"ngram": 4}))
     assert "dedup.minhash.ngram 5 -> 4" in said
-    assert (summary.ran["map"], summary.ran["signatures"]) == (0, 3)
+    assert (summary.ran["filter"], summary.ran["signatures"]) == (0, 3)
     said, summary = run_and_listen(job_for(corpus, tmp_path, dedup={"ngram": 4}, pack={"val_fraction": 0.2, "seed": 9}))
     assert {stage for stage, n in summary.ran.items() if n} == {"pack", "manifest"}
     assert "pack.seed 1234 -> 9, pack.val_fraction 0.1 -> 0.2" in said
@@ -188,11 +188,18 @@ def test_a_changed_input_file_runs_its_shard_again_and_no_other(tmp_path: Path):
     lines = (folder / "1.jsonl").read_text().splitlines(keepends=True)
     (folder / "1.jsonl").write_text("".join(lines[:-1]))
     _, summary = run_and_listen(job_for(folder, tmp_path / "job"))
-    assert (summary.ran["map"], summary.reused["map"]) == (1, 2)
+    assert (summary.ran["filter"], summary.reused["filter"]) == (1, 2)
     assert summary.report["sources"]["web"]["records"] == 89
 
 
-@pytest.mark.parametrize("file", ["stages/map/000001/docs.parquet", "stages/edges/near-0000/edges.parquet"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "stages/filter/000001/docs.parquet",
+        "stages/edges/near-0000/edges.parquet",
+        "stages/documents/000002/docs.parquet",
+    ],
+)
 def test_a_truncated_intermediate_file_is_noticed_and_made_again(
     corpus: Path, finished: DataJob, tmp_path: Path, file: str
 ):
@@ -232,12 +239,12 @@ def test_a_shard_that_cannot_be_read_is_named_and_the_finished_ones_are_kept(tmp
     folder = write_corpus(tmp_path / "corpus")
     (folder / "2.jsonl").rename(tmp_path / "2.jsonl")
     pq.write_table(pa.table({"body": ["a text in a column of another name"]}), folder / "2.parquet")
-    with pytest.raises(DataError, match=r"map 000002 \(.*2\.parquet\)"):
+    with pytest.raises(DataError, match=r"filter 000002 \(.*2\.parquet\)"):
         run_job(job_for(folder, tmp_path / "job"))
     (folder / "2.parquet").unlink()
     (tmp_path / "2.jsonl").rename(folder / "2.jsonl")
     _, summary = run_and_listen(job_for(folder, tmp_path / "job"))
-    assert summary.reused["map"] == 2
+    assert summary.reused["filter"] == 2
 
 
 def test_two_runs_do_not_write_the_same_folder(corpus: Path, tmp_path: Path):
@@ -271,7 +278,7 @@ def test_the_plan_lists_shards_and_what_is_reused_and_writes_nothing(corpus: Pat
     plan = plan_job(job_for(corpus, tmp_path / "absent"))
     assert not (tmp_path / "absent").exists()
     assert "000002  jsonl" in plan
-    assert "map         0 of 3 task(s) reused; not done yet" in plan
+    assert "filter      0 of 3 task(s) reused; not done yet" in plan
     assert "pack        will run; depends on the stages before it" in plan
     plan = plan_job(job_for(corpus, finished.out, pack={"val_fraction": 0.3}))
     assert "encode      3 of 3 task(s) reused" in plan

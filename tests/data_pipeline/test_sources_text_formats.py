@@ -60,31 +60,91 @@ def test_the_text_key_and_the_address_can_be_named(tmp_path: Path) -> None:
     assert (records[0].text, records[0].url) == ("b", "http://a.b")
 
 
+def test_a_text_key_that_no_line_has_is_an_error_with_the_keys_there_are(tmp_path: Path) -> None:
+    line = b'{"content": "Ducks.", "id": 1}\n'
+    with pytest.raises(
+        DataError, match=r"none of the first 100 lines has a field 'text'; line 100 has content, id. Set"
+    ):
+        read(tmp_path / "x.jsonl", line * 200)
+    # Among lines that have it, as many without it as there may be are bad lines.
+    records, damage = read(tmp_path / "x.jsonl", PILE_LINE + line * 200)
+    assert (len(records), len(damage)) == (1, 200)
+
+
 @pytest.mark.parametrize(
     ("name", "pack"), [("x.jsonl.gz", gzip.compress), ("x.jsonl.zst", zstandard.ZstdCompressor().compress)]
 )
 @pytest.mark.parametrize("cut", [1, 4, 200, 20_000])
-def test_a_cut_stream_is_reported(tmp_path: Path, name: str, pack, cut: int) -> None:
+def test_a_cut_stream_is_reported_and_gives_what_there_is(tmp_path: Path, name: str, pack, cut: int) -> None:
     whole = pack(lines(20_000))
     records, damage = read(tmp_path / name, whole[:-cut])
-    assert [d.reason.partition(".")[2] for d in damage] == ["truncated"]
-    assert damage[0].bytes_lost == len(whole) - cut
+    # The line in which the file ends is a lost line beside the lost bytes.
+    assert [d.reason.partition(".")[2] for d in damage][-1] == "truncated"
+    assert {d.reason for d in damage[:-1]} <= {"json.cut"}
+    assert damage[-1].offset + damage[-1].bytes_lost == len(whole) - cut
     assert [r.ordinal for r in records] == list(range(len(records)))
+    assert len(records) >= (17_000 if cut < 20_000 else 14_000)  # a block of 128 KiB are 2,500 of these lines
     assert len(records) < 20_000 or cut <= 4
 
 
-def test_a_stream_damaged_in_its_middle_is_reported(tmp_path: Path) -> None:
-    whole = bytearray(zstandard.ZstdCompressor(write_checksum=True).compress(lines(20_000)))
-    whole[len(whole) // 2] ^= 0xFF
-    _, damage = read(tmp_path / "x.jsonl.zst", bytes(whole))
-    assert [d.reason for d in damage] == ["zstd.damaged"]
-    _, damage = read(tmp_path / "x.jsonl.gz", gzip.compress(lines(100)) + b"no gzip")
+def test_blocks_before_the_damaged_block_of_a_zstd_frame_are_given_out(tmp_path: Path) -> None:
+    whole = bytearray(zstandard.ZstdCompressor(write_checksum=True).compress(lines(60_000)))
+    at = len(whole) // 2
+    whole[at : at + 300] = bytes(300)
+    records, damage = read(tmp_path / "x.jsonl.zst", bytes(whole))
+    assert [d.reason for d in damage if d.unit == "byte"] == ["zstd.damaged"]
+    assert [r.ordinal for r in records] == list(range(len(records)))
+    assert len(records) >= 0.4 * 60_000
+    assert at - 131_072 <= damage[-1].offset <= at
+    assert damage[-1].offset + damage[-1].bytes_lost == len(whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "pack"),
+    [("x.jsonl.gz", gzip.compress), ("x.jsonl.zst", zstandard.ZstdCompressor(write_checksum=True).compress)],
+)
+def test_reading_goes_on_at_the_next_member_or_frame(tmp_path: Path, name: str, pack) -> None:
+    # Lines run over the borders of the parts, as they do where a stream is cut into parts of equal size.
+    plain = lines(3000)
+    parts = [pack(plain[at : at + 9_001]) for at in range(0, len(plain), 9_001)]
+    broken = bytearray(parts[3])
+    broken[len(broken) // 2 : len(broken) // 2 + 40] = b"\x55" * 40
+    records, damage = read(tmp_path / name, b"".join([*parts[:3], bytes(broken), *parts[4:]]))
+    texts = {r.text for r in records}
+    outside = (plain[: 3 * 9_001], plain[4 * 9_001 :])
+    whole_lines = [line for part in outside for line in part.split(b"\n")[:-1]]
+    intact = [json.loads(line)["text"] for line in whole_lines if line.startswith(b"{")]
+    assert set(intact) <= texts <= {json.loads(line)["text"] for line in plain.splitlines()}
+    begin = sum(map(len, parts[:3]))
+    stretch = next(d for d in damage if d.unit == "byte")
+    assert begin <= stretch.offset < stretch.offset + stretch.bytes_lost == begin + len(parts[3])
+    # The line cut at the edge of the gap is counted; what the damaged part gave besides is no JSON.
+    lost_lines = [d.reason for d in damage if d.unit == "line"]
+    assert lost_lines[-1] == "json.cut"
+    assert set(lost_lines) <= {"json.cut", "json.invalid", "json.not_utf8"}
+    assert len({r.ordinal for r in records}) == len(records)
+
+
+def test_a_gzip_stream_followed_by_something_else_is_reported(tmp_path: Path) -> None:
+    records, damage = read(tmp_path / "x.jsonl.gz", gzip.compress(lines(100)) + b"no gzip")
+    assert len(records) == 100
     assert [(d.reason, d.bytes_lost) for d in damage] == [("gzip.damaged", 7)]
+
+
+def test_a_wrong_checksum_is_reported_though_the_lines_are_given_out(tmp_path: Path) -> None:
+    for name, pack, at in (
+        ("x.jsonl.gz", gzip.compress, -6),
+        ("x.jsonl.zst", zstandard.ZstdCompressor(write_checksum=True).compress, -2),
+    ):
+        data = bytearray(pack(lines(100)))
+        data[at] ^= 1
+        records, damage = read(tmp_path / name, bytes(data))
+        assert len(records) == 100
+        assert [(d.reason.partition(".")[2], d.offset, d.bytes_lost) for d in damage] == [("checksum", 0, len(data))]
 
 
 def test_a_line_over_the_limit_is_damage_and_not_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(line_reader, "MAX_RECORD_BYTES", 100_000)
-    monkeypatch.setattr(line_reader, "CHUNK_BYTES", 10_000)
     bomb = b'{"text": "' + b"a" * 1_000_000 + b'"}'
     records, damage = read(tmp_path / "x.jsonl.gz", gzip.compress(PILE_LINE + bomb + b"\n" + PILE_LINE))
     assert [r.ordinal for r in records] == [0, 2]
@@ -123,6 +183,33 @@ def test_a_damaged_row_group_costs_itself_only(tmp_path: Path) -> None:
     records, damage = read(path, bytes(data))
     assert [d.reason for d in damage] == ["parquet.row_group_damaged"]
     assert [r.ordinal for r in records] == list(range(50, 100))
+
+
+def test_damage_in_another_column_costs_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    table = pa.table({"text": [str(n) * 50 for n in range(100)], "url": [f"http://a.b/{n}" for n in range(100)]})
+    pq.write_table(table, path, row_group_size=50, use_dictionary=False)
+    data = bytearray(path.read_bytes())
+    chunk = pq.ParquetFile(path).metadata.row_group(0).column(1)
+    data[chunk.data_page_offset : chunk.data_page_offset + 8] = b"\xff" * 8
+    records, damage = read(path, bytes(data))
+    assert [r.text for r in records] == [str(n) * 50 for n in range(100)]
+    assert records[0].url.endswith("x.parquet:0")
+    assert records[50].url == "http://a.b/50"
+    assert [(d.reason, d.offset, d.unit) for d in damage] == [
+        ("parquet.column_damaged", 0, "row and what follows in its group")
+    ]
+
+
+def test_a_row_that_is_not_utf8_costs_itself_only(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    pq.write_table(
+        pa.table({"text": [f"row {n} ééé" for n in range(60)]}), path, compression="none", use_dictionary=False
+    )
+    data = path.read_bytes().replace("row 7 ééé".encode(), b"row 7 \xff\xa9\xc3\xa9\xc3\xa9")
+    records, damage = read(path, data)
+    assert [r.ordinal for r in records] == [n for n in range(60) if n != 7]
+    assert [(d.reason, d.offset, d.unit) for d in damage] == [("parquet.not_utf8", 7, "row")]
 
 
 def test_a_text_file_is_one_document(tmp_path: Path) -> None:

@@ -1,14 +1,17 @@
+import dataclasses
 import gzip
 import random
 import zlib
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from data_pipeline.document import Damage, Shard
-from data_pipeline.sources import gzip_members, warc_frames
+from data_pipeline.sources import warc, warc_frames
 from data_pipeline.sources.record import RawRecord
 from data_pipeline.sources.warc import read_warc, read_wet
+from megagpt.errors import DataError
 
 PAGE = b"<html><body><p>A page about ducks.</p></body></html>"
 
@@ -112,7 +115,7 @@ def test_a_damaged_member_costs_itself_and_no_other(tmp_path: Path, members: lis
     assert [r.url for r in records] == [f"http://a.b/{n}" for n in (0, 1, 3, 4)]
     begin = sum(map(len, members[:2]))
     assert [(d.offset, d.bytes_lost) for d in damage] == [(begin, len(members[2]))]
-    assert damage[0].reason == "gzip.damaged"
+    assert damage[0].reason == ("gzip.checksum" if at == -3 else "gzip.damaged")
 
 
 def test_two_damaged_places_are_two_damages(tmp_path: Path, members: list[bytes]) -> None:
@@ -183,7 +186,7 @@ def test_a_record_over_the_size_limit_is_damage_and_its_bytes_are_skipped(
 def test_a_member_too_large_to_hold_back_is_streamed(
     tmp_path: Path, members: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gzip_members, "MAX_RECORD_BYTES", 1000)
+    monkeypatch.setattr(warc, "WARC_CONTENT", dataclasses.replace(warc.WARC_CONTENT, hold_bytes=1000))
     records, damage = read(tmp_path / "x.warc.gz", b"".join(members))
     assert (len(records), damage) == (5, [])
 
@@ -223,3 +226,42 @@ def test_wet_gives_the_text_of_conversions(tmp_path: Path) -> None:
     data += warc_record("conversion", "http://a.b/2", b"\xff\xfe\xff")
     records, _ = read(tmp_path / "x.wet", data, wet=True)
     assert [(r.text, r.reject) for r in records] == [(None, "not_conversion"), ("Füße", ""), (None, "not_utf8")]
+
+
+def test_zstd_frames_are_read_and_a_damaged_one_costs_itself_only(tmp_path: Path) -> None:
+    pack = zstandard.ZstdCompressor(write_checksum=True).compress
+    frames = [pack(response(f"http://a.b/{n}", unlike(n))) for n in range(5)]
+    skippable = b"\x51\x2a\x4d\x18\x03\0\0\0abc"
+    records, damage = read(tmp_path / "x.warc.zst", skippable + b"".join(frames))
+    assert [r.url for r in records] == [f"http://a.b/{n}" for n in range(5)]
+    assert damage == []
+    for at in (0, 20, 400, len(frames[1]) - 2):
+        broken = bytearray(frames[1])
+        broken[at] ^= 0xFF
+        records, damage = read(tmp_path / "x.warc.zst", frames[0] + bytes(broken) + b"".join(frames[2:]))
+        assert [r.url for r in records] == [f"http://a.b/{n}" for n in (0, 2, 3, 4)]
+        assert len(damage) == 1
+        assert damage[0].offset + damage[0].bytes_lost == len(frames[0]) + len(frames[1])
+
+
+def test_frames_that_need_a_dictionary_are_refused_by_name(tmp_path: Path) -> None:
+    samples = [response(f"http://a.b/{n}", unlike(n)) for n in range(200)]
+    dictionary = zstandard.train_dictionary(4096, samples)
+    pack = zstandard.ZstdCompressor(dict_data=dictionary).compress
+    with pytest.raises(DataError, match=r"x.warc.zst: the zstd frame at byte 0 needs dictionary \d+"):
+        read(tmp_path / "x.warc.zst", pack(samples[0]) + pack(samples[1]))
+    # One frame among others that need none is damage: one wrong bit in its header does that.
+    plain = zstandard.ZstdCompressor().compress(response("http://a.b/1"))
+    records, damage = read(tmp_path / "x.warc.zst", plain + pack(samples[0]) + plain)
+    assert len(records) == 2
+    assert [(d.reason, d.offset) for d in damage] == [("zstd.needs_dictionary", len(plain))]
+
+
+@pytest.mark.parametrize("length", ["9", "999999", "99999999999"])
+def test_a_content_length_that_leads_too_far_costs_one_record(tmp_path: Path, length: str) -> None:
+    wrong = response("http://a.b/1").replace(b"Content-Length: ", f"Content-Length: {length}".encode())
+    data = wrong + b"".join(response(f"http://a.b/{n}", unlike(n)) for n in (2, 3, 4))
+    records, damage = read(tmp_path / "x.warc", data)
+    assert [r.url for r in records] == [f"http://a.b/{n}" for n in (2, 3, 4)]
+    assert len(damage) == 1
+    assert damage[0].bytes_lost == len(wrong) - 4

@@ -8,10 +8,10 @@ from fastwarc.warc import WarcRecord
 
 from data_pipeline.document import Damage, Shard
 from data_pipeline.extract.html import extract_html
-from data_pipeline.sources.gzip_members import read_pieces
 from data_pipeline.sources.record import RawRecord
+from data_pipeline.sources.streams import read_pieces
 from data_pipeline.sources.warc import read_warc, read_wet
-from data_pipeline.sources.warc_frames import frame_records
+from data_pipeline.sources.warc_frames import WARC_CONTENT, frame_records
 
 WEB = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "web"
 pytestmark = pytest.mark.skipif(not WEB.is_dir(), reason=f"no sample archives in {WEB}")
@@ -22,7 +22,7 @@ def record_types(name: str) -> tuple[Counter[str], list[Damage]]:
     types: Counter[str] = Counter()
     damage = []
     with Path(path).open("rb") as file:
-        for frame in frame_records(read_pieces(file, path), path):
+        for frame in frame_records(read_pieces(file, path, WARC_CONTENT), path):
             if isinstance(frame, Damage):
                 damage.append(frame)
             else:

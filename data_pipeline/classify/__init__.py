@@ -1,0 +1,1 @@
+"""Text classifiers: our own hashed linear one, trained by `megagpt data train-classifier`, and fastText models."""

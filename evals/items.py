@@ -1,0 +1,103 @@
+"""`megagpt eval items`: the documents of tasks as texts that must not stand in training data.
+
+One line a document: `task`, the leaf task's name, `id`, the document's number as `doc_id` of the samples files has it,
+and `texts`: the prompt without examples followed by the right answer, and the question by itself. The data pipeline's
+`decontamination.items` reads such files.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.task import Task
+
+from evals.scoring import quiet_bars
+from evals.suites import resolve_tasks
+from evals.task_loader import TaskUnavailableError, load_task, plan_task
+from megagpt.atomic import write_file
+from megagpt.errors import EvalError
+
+
+def write_items(names: tuple[str, ...], data_dir: Path | None, out: Path, suites_dir: Path) -> str:
+    """Write the documents of all tasks to one file.
+
+    Args:
+        names: tasks, groups, tags and suites; `heldout` of a suite has no documents and is passed over.
+        data_dir: local benchmark data; what is not there comes from the hub.
+        out: jsonl file to write.
+        suites_dir: where suites lie.
+
+    Returns:
+        what was written, for the user.
+
+    Raises:
+        EvalError: an unknown task, or tasks whose data cannot be reached (all of them named); nothing is written then.
+    """
+    tasks = [task.task for task in resolve_tasks(names, suites_dir) if task.task != "heldout"]
+    lines: dict[tuple[str, int], bytes] = {}
+    counts: dict[str, int] = {}
+    problems = []
+    with tempfile.TemporaryDirectory() as cache_dir, quiet_bars():
+        for name in tasks:
+            try:
+                leaves = load_task(plan_task(name, data_dir, Path(cache_dir))).tasks
+            except TaskUnavailableError as error:
+                problems.append(f"{name}: {error}")
+                continue
+            for leaf, task in leaves.items():
+                found = {(leaf, row["id"]): _line(row) for row in _rows(leaf, task)}
+                counts[leaf] = len(found)
+                lines |= found
+    if problems:
+        raise EvalError("no items were written, because these tasks cannot be loaded:\n" + "\n".join(problems))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_file(out, b"".join(lines.values()))
+    return f"{out}: {len(lines)} items of {len(counts)} task{'' if len(counts) == 1 else 's'}"
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    return json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+
+
+def _rows(leaf: str, task: Task) -> Iterator[dict[str, Any]]:
+    for number, doc in enumerate(task.eval_docs):
+        yield {"task": leaf, "id": number, "texts": item_texts(task, doc)}
+
+
+def item_texts(task: Task, doc: Mapping[str, Any]) -> list[str]:
+    """The prompt with the right answer (each of them, where several are right), and the question by itself.
+
+    Where the choices are letters (MMLU), a further text has the question and the choice that the letter stands for.
+
+    Raises:
+        EvalError: a definition that gives neither text nor choice.
+    """
+    query = task.doc_to_text(doc)
+    target = task.doc_to_target(doc)
+    choices = task.doc_to_choice(doc) if task.OUTPUT_TYPE == "multiple_choice" else []
+    if isinstance(query, int):  # winogrande: the choices are whole prompts, and this is the right one's number
+        query, choices = choices[query], []
+    if not isinstance(query, str):
+        raise EvalError(f"task {task.task_name}: its prompt is {type(query).__name__} and not text; not supported")
+    question = _question(task, doc, query)
+    texts = []
+    for right in target if isinstance(target, list | tuple) else [target]:
+        answer = choices[right] if isinstance(right, int) and choices else right
+        texts.append(f"{query} {answer}".strip())
+        spelled = doc.get("choices")
+        if isinstance(right, int) and isinstance(spelled, list) and len(spelled) == len(choices) and spelled != choices:
+            texts.append(f"{question} {spelled[right]}".strip())
+    return [text for text in dict.fromkeys([*texts, question]) if text]
+
+
+def _question(task: Task, doc: Mapping[str, Any], query: str) -> str:
+    """What the document itself calls its question; else what lm-eval would look for; else the prompt."""
+    named = doc.get("question")
+    if isinstance(named, str):
+        return named.strip()
+    looked_for = task.doc_to_decontamination_query(doc) if task.should_decontaminate() else query
+    return looked_for.strip() if isinstance(looked_for, str) else query.strip()
