@@ -6,6 +6,7 @@ documents.parquet    doc_id, hash_high, hash_low, text_bytes, n_tokens, source: 
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,10 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from data_pipeline.parquet_reader import open_rows
 from data_pipeline.dedup.signatures import utf8_of
 from data_pipeline.fast_bpe import FastBpe
-from data_pipeline.tasks import Counts, Progress
+from data_pipeline.parquet_reader import open_rows
+from data_pipeline.tasks import Counts, Progress, hash_file
 from megagpt.data.indexed import TokenFileWriter, token_dtype
 from megagpt.errors import DataError
 from megagpt.tokenizer import TokenArray, Tokenizer, open_tokenizer
@@ -54,8 +55,7 @@ def write_tokens(folder: Path, documents: Path, tokenizer_spec: str, progress: P
     Raises:
         DataError: the hashes are not those of these documents, or a text was encoded with the separator in it.
     """
-    tokenizer = open_tokenizer(tokenizer_spec)
-    fast = FastBpe.of(tokenizer.tiktoken_encoding)
+    tokenizer, fast = _open(tokenizer_spec)
     counts = Counts(0, 0, detail={"tokens": 0, "text_bytes": 0})
     histogram: Counter[str] = Counter()
     with (
@@ -111,6 +111,19 @@ def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[TokenA
     tokens = np.concatenate([part for piece in pieces for part in (piece, end)] or [end[:0]])
     _check_separators(tokenizer.eot_id, tokens, lengths, texts)
     return tokens, lengths
+
+
+def _open(spec: str) -> tuple[Tokenizer, FastBpe | None]:
+    """The tokenizer and its fast way, which remembers the pieces of the shards before."""
+    path = Path(spec)
+    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+    return _open_content(spec, tuple(map(hash_file, files)))
+
+
+@functools.lru_cache(maxsize=1)
+def _open_content(spec: str, _hashes: tuple[str, ...]) -> tuple[Tokenizer, FastBpe | None]:
+    tokenizer = open_tokenizer(spec)
+    return tokenizer, FastBpe.of(tokenizer.tiktoken_encoding)
 
 
 def _check_separators(eot_id: int, tokens: TokenArray, lengths: NDArray[np.int64], texts: Sequence[str]) -> None:

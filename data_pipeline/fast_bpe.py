@@ -8,6 +8,7 @@ space are those of tiktoken's own regular expressions, whichever Unicode version
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -42,6 +43,7 @@ class FastBpe:
         self._splitting = kernels.Splitting(character_classes(), digits)
         self._vocabulary = _vocabulary_table(encoding._mergeable_ranks)
         self._cache = kernels.empty_table(cache_rows, _CACHE_KEY_BYTES, _CACHE_TOKENS)
+        self._lock = threading.Lock()  # compiled loops run side by side with those of other threads
 
     @classmethod
     def of(cls, encoding: Any, cache_rows: int = CACHE_ROWS) -> Self | None:
@@ -68,15 +70,11 @@ class FastBpe:
         text = text.view()
         text.flags.writeable = False  # arrays that may be written to are another type, to be compiled for
         left_out = np.empty((n_bytes // kernels.LONGEST_MERGED + 1, 4), np.int64)
-        n_tokens, n_left_out = kernels.encode_texts(
-            text,
-            ends,
-            self._splitting,
-            self._vocabulary,
-            self._cache,
-            np.uint32(separator),
-            (tokens, lengths, left_out),
-        )
+        output = (tokens, lengths, left_out)
+        with self._lock:
+            n_tokens, n_left_out = kernels.encode_texts(
+                text, ends, self._splitting, self._vocabulary, self._cache, np.uint32(separator), output
+            )
         return self._put_in(text, tokens[:n_tokens], lengths, left_out[:n_left_out]), lengths
 
     def _put_in(self, text: UInt8Array, tokens: TokenArray, lengths: Int64Array, left_out: Int64Array) -> TokenArray:

@@ -52,12 +52,7 @@ class BoundedWriter:
 
     def add(self, row: dict[str, Any], characters: int) -> None:
         """Add one row of about so many characters; dictionaries in it are written as JSON."""
-        self._rows.append(
-            {
-                key: orjson.dumps(value, option=orjson.OPT_SORT_KEYS).decode() if isinstance(value, dict) else value
-                for key, value in row.items()
-            }
-        )
+        self._rows.append(row)
         self._count(1, characters)
 
     def add_table(self, table: pa.Table, characters: int) -> None:
@@ -73,7 +68,8 @@ class BoundedWriter:
 
     def _table_of_rows(self) -> pa.Table:
         rows, self._rows = self._rows, []
-        return pa.Table.from_pylist(rows, schema=self._schema)
+        columns = [pa.array([_value(row[field.name]) for row in rows], field.type) for field in self._schema]
+        return pa.Table.from_arrays(columns, schema=self._schema)
 
     def _flush(self) -> None:
         if self._held:
@@ -100,3 +96,7 @@ class BoundedWriter:
         with self._temporary.open("rb") as file:
             os.fsync(file.fileno())
         self._temporary.replace(self._path)
+
+
+def _value(value: Any) -> Any:
+    return orjson.dumps(value, option=orjson.OPT_SORT_KEYS) if isinstance(value, dict) else value

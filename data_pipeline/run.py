@@ -23,6 +23,7 @@ from rich.markup import escape
 
 from data_pipeline.config import DataJob
 from data_pipeline.executors.base import Executor, open_executor
+from data_pipeline.filters.registry import files_of
 from data_pipeline.job_sources import list_without_building, plan_shards
 from data_pipeline.mixture import MIXTURE_FILE
 from data_pipeline.plan_counts import count_documents, describe
@@ -198,10 +199,14 @@ def plan_job(job: DataJob) -> str:
     if not unbuilt:
         with suppress(_StopPlanning):
             run_stages(job, shards, peek)
-    for stage in STAGES:
-        n_reused, n_tasks, reason = peek.seen.get(stage, (0, 0, "depends on the stages before it"))
-        known = f"{n_reused} of {n_tasks} task(s) reused" if n_tasks else "will run" if reason else "no tasks"
-        lines.append(f"  {stage:<11} {known}{f'; {reason}' if reason else ''}")
+    last_seen = max((STAGES.index(stage) for stage in peek.seen), default=-1)
+    for number, stage in enumerate(STAGES):
+        n_reused, n_tasks, reason = peek.seen.get(stage, (0, 0, ""))
+        if n_tasks:
+            known = f"{n_reused} of {n_tasks} task(s) reused" + (f"; {reason}" if reason else "")
+        else:
+            known = "no tasks" if number < last_seen else "will run; depends on the stages before it"
+        lines.append(f"  {stage:<13} {known}")
     return "\n".join(lines) + "\n"
 
 
@@ -294,9 +299,14 @@ def _print_summary(summary: JobSummary, console: Console) -> None:
 
 def _check_named_files(job: DataJob) -> None:
     """Files that only a late stage reads are missed now and not after hours."""
-    for key, file in (("language.model", job.language.model), ("tokenizer.file", job.tokenizer.file)):
+    named = [("language.model", job.language.model), ("tokenizer.file", job.tokenizer.file)]
+    named += [(f"filters.{name}", file) for name, values in job.filters.items() for file in files_of({name: values})]
+    for key, file in named:
         if file is not None and not file.is_file():
             raise DataError(f"{key}: {file}: no such file")
+    for folder in job.dedup.against:
+        if not (folder / MANIFEST_NAME).is_file():
+            raise DataError(f"dedup.against: {folder}: no {MANIFEST_NAME}; name the `out` folder of a finished job")
 
 
 @contextmanager

@@ -69,7 +69,7 @@ def summarise(
         "sources": _sources(records),
         "lost": {name: _sum([total(records[name]).rejected]) for name in LOSING_STAGES},
         "failed_rules": _sum(record.counts.detail["failed_rules"] for record in filtered),
-        # Records sort their keys; the funnel shows the filters in the job's order.
+        # In the job's order, which is that of the funnel.
         "thresholds": {
             name: filtered[0].counts.detail["thresholds"][name]
             for name in ("language", *job.filters)

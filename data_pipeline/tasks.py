@@ -11,7 +11,6 @@ exists, every hash in it equals the one asked for now, and its outputs still hav
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import shutil
 import time
@@ -61,7 +60,7 @@ class Task:
     config: Mapping[str, Any]
     """The configuration values that the result depends on; JSON values."""
     code: str
-    """Fingerprint of the stage's code, see `code_fingerprint`."""
+    """Fingerprint of the stage's code, see code_fingerprint.py."""
     inputs: Mapping[str, str]
     """Name of an input -> hash of its content."""
     target: Path
@@ -131,22 +130,6 @@ def hash_file(path: Path) -> str:
 def hash_json(value: Any) -> str:
     """Hex xxh3_128 of a JSON value, independent of the order of keys."""
     return xxhash.xxh3_128(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-@functools.cache
-def code_fingerprint(files: tuple[str, ...], versions: tuple[str, ...] = ()) -> str:
-    """A hash over source files (or all *.py of folders) of data_pipeline, and over versions of libraries.
-
-    An edited comment changes it too: to do a stage again needlessly is cheap, to mix two versions' outputs is not.
-    """
-    package = Path(__file__).parent
-    digest = xxhash.xxh3_128()
-    for name in files:
-        found = sorted((package / name).rglob("*.py")) if (package / name).is_dir() else [package / name]
-        for path in found:
-            digest.update(f"{path.relative_to(package).as_posix()}\0".encode() + path.read_bytes())
-    digest.update("\0".join(versions).encode())
-    return digest.hexdigest()
 
 
 def read_record(path: Path) -> TaskRecord | None:
@@ -298,7 +281,8 @@ def commit(task: Task, finished: Finished, job_folder: Path, invalidates: Iterab
         cpu_seconds=round(finished.cpu_seconds, 3),
         wall_seconds=round(finished.wall_seconds, 3),
     )
-    write_file(record_path, json.dumps(dataclasses.asdict(record), indent=1, sort_keys=True).encode() + b"\n")
+    # Keys keep their order: what is made of a record is the same whether its task was run or reused.
+    write_file(record_path, json.dumps(dataclasses.asdict(record), indent=1).encode() + b"\n")
     return record
 
 

@@ -48,5 +48,6 @@ def word_lower_case() -> NDArray[np.uint32]:
     return table
 
 
+@functools.cache
 def _all_characters() -> str:
-    return "".join(map(chr, range(N_CODE_POINTS)))
+    return np.arange(N_CODE_POINTS, dtype="<u4").tobytes().decode("utf-32-le", "surrogatepass")

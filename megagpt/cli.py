@@ -450,7 +450,12 @@ def config_docs(job: str) -> None:
     """Every key: type, default, meaning."""
     from megagpt.config.reference import reference
 
-    click.echo(reference(_schema(job)))
+    page = reference(_schema(job))
+    if job == "data":
+        from data_pipeline.filters.reference import filter_reference
+
+        page += "\n" + filter_reference()
+    click.echo(page)
 
 
 @config_group.command("schema", **_examples("megagpt config schema > megagpt.schema.json"))

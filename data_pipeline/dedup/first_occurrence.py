@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -121,6 +120,8 @@ def write_repeated_anchors(
 
 def _query(statement: str, files: Sequence[Path], partition: tuple[int, int], folder: Path) -> Iterator[pa.RecordBatch]:
     """The rows of a statement in batches, of the files' rows whose keys are in the partition."""
+    import duckdb
+
     number, n = partition
     first, last = _KEYS * number // n, _KEYS * (number + 1) // n - 1
     spill = folder / "spill"

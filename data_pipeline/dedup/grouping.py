@@ -13,8 +13,8 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,6 +26,9 @@ from data_pipeline.dedup.signatures import BANDS_FILE, SIGNATURES_FILE
 from data_pipeline.parquet_reader import open_rows
 from data_pipeline.tasks import Counts, Progress
 from megagpt.errors import DataError
+
+if TYPE_CHECKING:
+    import duckdb
 
 EDGES_FILE = "edges.parquet"
 CANDIDATES_FILE = "candidates.parquet"
@@ -253,6 +256,8 @@ def _make_distinct(roots: Int64Array, members: Int64Array, order: Int64Array) ->
 
 def _merge(statement: str, parts: list[str], spill: Path, path: Path, schema: pa.Schema) -> int:
     """Run a statement over the parts, under the memory limit, into a parquet file; its number of rows."""
+    import duckdb
+
     config: dict[str, str | bool | int | float | list[str]] = {
         "memory_limit": MEMORY_LIMIT,
         "threads": 1,

@@ -5,6 +5,7 @@ All executors share this: they differ only in where `attempt` is called and how 
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import shutil
@@ -22,6 +23,8 @@ from megagpt.errors import DataError, MegaGPTError
 
 MAX_LOSSES = 3
 """So often a task may lose its worker: two tries more after the first."""
+
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 Commit = Callable[[Task, Finished], None]
 Outcome = Finished | Exception
@@ -83,7 +86,9 @@ class StageRun:
         if isinstance(outcome, DataError) and str(outcome).startswith(named(task)):
             raise outcome
         if isinstance(outcome, MegaGPTError | OSError | pa.ArrowException):
-            raise DataError(f"{named(task)}: {outcome}") from outcome
+            is_full = isinstance(outcome, OSError) and outcome.errno in _DISK_FULL
+            fix = "; free some space and run the same command again: what was finished is kept" if is_full else ""
+            raise DataError(f"{named(task)}: {outcome}{fix}") from outcome
         outcome.add_note(f"while running {named(task)}")
         raise outcome
 

@@ -29,7 +29,7 @@ _EXPECTED = {
 
 def read_settings(name: str, kind: type[Settings], values: Mapping[str, Any]) -> tuple[Settings | None, list[str]]:
     """(settings, problems): the settings of filter `name`, or None and everything that is wrong with the values."""
-    hints = _hints_of(kind)
+    hints = hints_of(kind)
     problems = []
     checked: dict[str, Any] = {}
     for key, value in values.items():
@@ -39,9 +39,9 @@ def read_settings(name: str, kind: type[Settings], values: Mapping[str, Any]) ->
         try:
             checked[key] = _check(value, hints[key])
         except ValueError:
-            problems.append(f"filters.{name}.{key} must be {_expected(hints[key])}, got {value!r}")
+            problems.append(f"filters.{name}.{key} must be {expected(hints[key])}, got {value!r}")
     problems += [
-        f"filters.{name}.{field.name} is missing; it must be {_expected(hints[field.name])}"
+        f"filters.{name}.{field.name} is missing; it must be {expected(hints[field.name])}"
         for field in fields(kind)
         if not problems and field.name not in checked and not _has_default(field)
     ]
@@ -61,11 +61,11 @@ def check_threshold(rule: str, kind: type[Settings], field: str, value: Any) -> 
     Raises:
         ConfigError: names the rule and what would be right.
     """
-    hint = _hints_of(kind)[field]
+    hint = hints_of(kind)[field]
     try:
         _check(value, hint)
     except ValueError:
-        raise ConfigError(f"{rule} must be {_expected(hint)}, got {value!r}") from None
+        raise ConfigError(f"{rule} must be {expected(hint)}, got {value!r}") from None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -105,7 +105,8 @@ def _crossed_bounds(name: str, settings: Settings) -> list[str]:
     ]
 
 
-def _hints_of(kind: type[Settings]) -> dict[str, Any]:
+def hints_of(kind: type[Settings]) -> dict[str, Any]:
+    """Setting -> its declared type."""
     hints = get_type_hints(kind)
     return {field.name: hints[field.name] for field in fields(kind)}
 
@@ -126,7 +127,8 @@ def _check(value: Any, hint: Any) -> Any:
     return checked
 
 
-def _expected(hint: Any) -> str:
+def expected(hint: Any) -> str:
+    """The type of a setting in plain words."""
     options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     texts = ["null" if option is NoneType else _expected_one(option) for option in options]
     return ", or ".join(texts)

@@ -9,8 +9,6 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-import fsspec
-
 from data_pipeline.sources.record import CHUNK_BYTES
 from data_pipeline.sources.remote import RemoteFile, is_final
 from megagpt.errors import DataError
@@ -100,6 +98,8 @@ def is_remote(path: str) -> bool:
 
 
 def _filesystem(path: str) -> tuple[Any, str]:
+    import fsspec  # takes asyncio with it, which local files do not need
+
     protocol = path.partition("://")[0]
     try:
         filesystem, inner = fsspec.core.url_to_fs(path)

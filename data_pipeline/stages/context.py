@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.config import DataJob
 from data_pipeline.job_sources import PlannedShard
-from data_pipeline.tasks import STAGES_FOLDER, Task, TaskRecord, code_fingerprint, hash_file
+from data_pipeline.tasks import STAGES_FOLDER, Task, TaskRecord, hash_file
 
 Records = dict[str, list[TaskRecord]]
 
@@ -70,11 +69,6 @@ def file_hashes(files: Sequence[Path]) -> dict[str, str]:
             if file.is_file():
                 found[str(file)] = hash_file(file)
     return found
-
-
-def fingerprint(files: Sequence[str], packages: Sequence[str]) -> str:
-    """Of a stage's code and of the libraries that decide its result."""
-    return code_fingerprint(tuple(files), tuple(f"{package} {metadata.version(package)}" for package in packages))
 
 
 def shard_path(record: TaskRecord) -> str:

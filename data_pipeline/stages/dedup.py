@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_pipeline.code_fingerprint import code_fingerprint
 from data_pipeline.dedup import clusters, grouping, minhash, published, signatures, verify
 from data_pipeline.intake import DOCUMENTS_FILE
 from data_pipeline.stages.context import (
     JobContext,
     detail_sum,
     file_hashes,
-    fingerprint,
     folder_of,
     hashes_of,
     shard_path,
@@ -19,7 +19,6 @@ from data_pipeline.stages.context import (
 )
 from data_pipeline.tasks import Task, TaskRecord, total
 
-_HASHING = ("dedup/minhash.py", "dedup/row_files.py", "text_classes.py")
 _PACKAGES = ("duckdb", "numba", "numpy", "pyarrow", "xxhash")
 _FILES = {"exact": signatures.SIGNATURES_FILE, "near": signatures.BANDS_FILE}
 
@@ -35,7 +34,7 @@ def signature_tasks(context: JobContext) -> list[Task]:
             work=signatures.write_signatures,
             arguments=(record.path(context.job.out, DOCUMENTS_FILE), hasher),
             config={"dedup": minhash.parameters_of(hasher)},
-            code=fingerprint((*_HASHING, "dedup/signatures.py"), _PACKAGES),
+            code=code_fingerprint(signatures.write_signatures),
             inputs=hashes_of([record], DOCUMENTS_FILE),
             target=folder_of("signatures", record.partition),
             size_bytes=text_bytes([record]),
@@ -54,7 +53,7 @@ def published_tasks(context: JobContext) -> list[Task]:
             work=published.write_published,
             arguments=(shard,),
             config={},
-            code=fingerprint((*_HASHING, "dedup/published.py", "dedup/clusters.py", "dedup/nodes.py"), _PACKAGES),
+            code=code_fingerprint(published.write_published),
             inputs=shard.hashes,
             target=folder_of("published", shard.partition),
         )
@@ -87,7 +86,7 @@ def _edge_task(context: JobContext, kind: str, signed: Sequence[TaskRecord], par
         # Published documents come first: the smallest id of a group is its root.
         arguments=(kind, tuple(context.job.out / record.target for record in signed), partition, with_candidates),
         config={"kind": kind, "partition": [number, n_partitions], "with_candidates": with_candidates},
-        code=fingerprint((*_HASHING, "dedup/grouping.py", "dedup/signatures.py"), _PACKAGES),
+        code=code_fingerprint(grouping.write_edges),
         inputs=hashes_of(signed, _FILES[kind]),
         target=folder_of("edges", f"{kind}-{number:04d}"),
         size_bytes=sum(record.outputs[_FILES[kind]]["bytes"] for record in signed) // n_partitions,
@@ -111,7 +110,7 @@ def shingle_tasks(context: JobContext) -> list[Task]:
             work=verify.write_shingles,
             arguments=(documents, folders, ngram, ordinal),
             config={"dedup": {"ngram": ngram}},
-            code=fingerprint((*_HASHING, "dedup/verify.py", "dedup/grouping.py", "dedup/signatures.py"), _PACKAGES),
+            code=code_fingerprint(verify.write_shingles),
             inputs={**candidates, **inputs},
             target=folder_of("shingles", partition),
             size_bytes=size_bytes,
@@ -147,7 +146,7 @@ def verify_tasks(context: JobContext) -> list[Task]:
             work=verify.write_verified,
             arguments=(context.job.out / record.target, context.folders("shingles"), threshold),
             config={"dedup": {"verify_jaccard": threshold}},
-            code=fingerprint((*_HASHING, "dedup/verify.py", "dedup/grouping.py", "dedup/signatures.py"), _PACKAGES),
+            code=code_fingerprint(verify.write_verified),
             inputs={**hashes_of([record], grouping.EDGES_FILE), **context.hashes("shingles")},
             target=folder_of("verify", record.partition),
             size_bytes=record.outputs[grouping.EDGES_FILE]["bytes"],
@@ -177,10 +176,7 @@ def cluster_tasks(context: JobContext) -> list[Task]:
                 context.folders("published"),
             ),
             config={"priorities": priorities, "dedup": {"keep": job.dedup.keep}},
-            code=fingerprint(
-                (*_HASHING, "dedup/clusters.py", "dedup/nodes.py", "dedup/grouping.py", "dedup/signatures.py"),
-                _PACKAGES,
-            ),
+            code=code_fingerprint(clusters.write_clusters),
             inputs={
                 **hashes_of([*exact, *near], grouping.EDGES_FILE),
                 **context.hashes("signatures", signatures.SIGNATURES_FILE),

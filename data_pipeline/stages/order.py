@@ -64,6 +64,8 @@ def run_stages(job: DataJob, shards: Sequence[PlannedShard], resolve: Resolve, u
         context.records[stage] = resolve(tasks_of(context))
         if stage == "filter":
             _check_something_is_kept(context.records)
+        if stage == "documents":
+            _check_something_stays(context.records)
         if stage == until:
             break
     return context.records
@@ -75,8 +77,21 @@ def _check_something_is_kept(records: Records) -> None:
         rejected = Counts(0, 0, {**total(records["extract"]).rejected, **counts.rejected}).rejected
         reasons = sorted(rejected.items(), key=lambda item: -item[1])
         why = ", ".join(f"{reason} {number:,}" for reason, number in reasons[:5]) or "the sources hold none"
+        damage = [d for stage in ("extract", "filter") for r in records[stage] for d in r.counts.detail["damage"]]
+        if damage:
+            why += f"; damaged: {damage[0]['path']} at {damage[0]['unit']} {damage[0]['offset']}: {damage[0]['reason']}"
         raise DataError(
             f"of {max(total(records['extract']).documents_in, counts.documents_in):,} records no document is left "
             f"after extraction and filters ({why}); look at the sources and their text_key, at language.keep and at "
             "the thresholds of filters"
+        )
+
+
+def _check_something_stays(records: Records) -> None:
+    counts = total(records["documents"])
+    if counts.documents_out == 0:
+        why = ", ".join(f"{reason} {number:,}" for reason, number in counts.rejected.items())
+        raise DataError(
+            f"of {counts.documents_in:,} documents that pass the filters none is left after deduplication and "
+            f"decontamination ({why}); look at dedup.against and at decontamination"
         )

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from data_pipeline.code_fingerprint import code_fingerprint
 from data_pipeline.dedup import clusters, first_occurrence, substrings, units
 from data_pipeline.intake import DOCUMENTS_FILE
 from data_pipeline.stages.context import (
     JobContext,
     detail_sum,
-    fingerprint,
     folder_of,
     hashes_of,
     shard_path,
@@ -18,15 +18,6 @@ from data_pipeline.stages.context import (
 )
 from data_pipeline.tasks import Counts, Task
 
-_SHARED = (
-    "dedup/code_points.py",
-    "dedup/first_occurrence.py",
-    "dedup/sorted_runs.py",
-    "dedup/spans.py",
-    "dedup/text_batches.py",
-    "text_classes.py",
-    "word_hashes.py",
-)
 _PACKAGES = ("duckdb", "numba", "numpy", "pyarrow")
 
 
@@ -96,7 +87,7 @@ def _shard_tasks(
                 *arguments,
             ),
             config=config,
-            code=fingerprint((*_SHARED, "dedup/units.py", "dedup/substrings.py"), _PACKAGES),
+            code=code_fingerprint(work),
             inputs={**hashes_of([passed], DOCUMENTS_FILE), **hashes_of([members]), **(inputs or {})},
             target=folder_of(stage, passed.partition),
             size_bytes=text_bytes([passed]),
@@ -118,7 +109,7 @@ def _group_tasks(context: JobContext, stage: str, before: str, work: Callable[..
             work=work,
             arguments=(context.folders(before), (number, n_partitions)),
             config={"partition": [number, n_partitions]},
-            code=fingerprint(("dedup/first_occurrence.py", "dedup/spans.py"), _PACKAGES),
+            code=code_fingerprint(work),
             inputs=hashes_of(records),
             target=folder_of(stage, f"{number:04d}"),
             size_bytes=sum(output["bytes"] for record in records for output in record.outputs.values()) // n_partitions,

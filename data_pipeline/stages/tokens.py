@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline import documents, encode, manifest, pack, tokenizer_training
+from data_pipeline.code_fingerprint import code_fingerprint
+from data_pipeline.config import DecontaminationSection
 from data_pipeline.decontamination import contaminated
 from data_pipeline.dedup import clusters, first_occurrence, signatures
 from data_pipeline.intake import DOCUMENTS_FILE
@@ -13,7 +15,6 @@ from data_pipeline.stages.context import (
     JobContext,
     detail_sum,
     file_hashes,
-    fingerprint,
     folder_of,
     hashes_of,
     shard_path,
@@ -54,11 +55,8 @@ def document_tasks(context: JobContext) -> list[Task]:
                 spans,
                 decontaminator,
             ),
-            config={"decontamination": None if decontaminator is None else context.settings("decontamination")},
-            code=fingerprint(
-                ("documents.py", "decontamination", "parquet_writer.py", "dedup", "text_classes.py", "word_hashes.py"),
-                ("pyarrow", "xxhash", "numba"),
-            ),
+            config={"decontamination": None if index is None else _cutting(section)},
+            code=code_fingerprint(documents.write_documents),
             inputs={
                 **hashes_of([passed], DOCUMENTS_FILE),
                 **hashes_of([signed], signatures.SIGNATURES_FILE),
@@ -69,6 +67,11 @@ def document_tasks(context: JobContext) -> list[Task]:
         )
         for passed, signed in zip(context.records["filter"], context.records["signatures"], strict=True)
     ]
+
+
+def _cutting(section: DecontaminationSection) -> dict[str, Any]:
+    """What is done about a hit; what counts as one is in the index."""
+    return section.model_dump(mode="json", include={"action", "excise_characters"})
 
 
 def contamination_tasks(context: JobContext) -> list[Task]:
@@ -85,7 +88,7 @@ def contamination_tasks(context: JobContext) -> list[Task]:
             work=contaminated.write_contamination,
             arguments=(hits, index),
             config={},
-            code=fingerprint(("decontamination",), ("pyarrow",)),
+            code=code_fingerprint(contaminated.write_contamination),
             inputs={**context.hashes("documents", documents.CONTAMINATION_FILE), **context.hashes("benchmarks")},
             target=Path("contamination"),
         )
@@ -119,7 +122,7 @@ def tokenizer_tasks(context: JobContext) -> list[Task]:
                 settings,
             ),
             config={"tokenizer": config},
-            code=fingerprint(("tokenizer_training.py", "shuffle.py"), ("tokenizers", "tiktoken")),
+            code=code_fingerprint(tokenizer_training.write_tokenizer),
             inputs=inputs,
             target=Path(TOKENIZER_FOLDER),
             size_bytes=n_bytes,
@@ -139,10 +142,7 @@ def encode_tasks(context: JobContext) -> list[Task]:
             work=encode.write_tokens,
             arguments=(job.out / record.target, str(job.out / TOKENIZER_FOLDER)),
             config={},
-            code=fingerprint(
-                ("encode.py", "fast_bpe.py", "fast_bpe_kernels.py", "dedup/code_points.py", "word_hashes.py"),
-                ("tokenizers", "tiktoken", "pyarrow", "numba"),
-            ),
+            code=code_fingerprint(encode.write_tokens),
             inputs={**hashes_of([record], DOCUMENTS_FILE, documents.HASHES_FILE), **shared},
             target=folder_of("encode", record.partition),
             size_bytes=int(record.counts.detail["text_bytes"]),
@@ -163,7 +163,7 @@ def pack_tasks(context: JobContext) -> list[Task]:
             work=pack.write_packed,
             arguments=(context.folders("encode"), vocab_size, job.pack),
             config=context.settings("pack"),
-            code=fingerprint(("pack.py", "pack_plan.py", "shuffle.py"), ("numpy", "pyarrow")),
+            code=code_fingerprint(pack.write_packed),
             inputs=context.hashes("encode"),
             target=Path(),
             size_bytes=detail_sum(context.records["encode"], "text_bytes"),
@@ -185,7 +185,7 @@ def manifest_tasks(context: JobContext) -> list[Task]:
             work=manifest.write_manifest_of,
             arguments=(packed.counts.detail, packed.outputs, str(job.out / TOKENIZER_FOLDER), settings),
             config=settings,
-            code=fingerprint(("manifest.py", "mixture.py"), ()),
+            code=code_fingerprint(manifest.write_manifest_of),
             inputs={**hashes_of([packed]), **context.hashes("tokenizer")},
             target=Path(),
             size_bytes=sum(output["bytes"] for output in packed.outputs.values()),

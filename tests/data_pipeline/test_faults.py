@@ -31,11 +31,12 @@ class Server:
         command = [sys.executable, str(Path(__file__).with_name("fault_server.py"))]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPO, text=True)
 
-    def run(self, config: Path, kill_at: int | None = None) -> dict[str, Any]:
-        self.process.stdin.write(json.dumps({"config": str(config), "kill_at": kill_at}) + "\n")
+    def run(self, config: Path, kill_at: int | None = None, *, commits: bool = False) -> dict[str, Any]:
+        order = {"config": str(config), "kill_at": kill_at, "commits": commits}
+        self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
         answer: dict[str, Any] = json.loads(self.process.stdout.readline())
-        assert answer["error"] == ""
+        assert answer["error"] == "", answer["error"]
         return answer
 
     def close(self) -> None:
@@ -105,10 +106,12 @@ def whole(config: Path, server: Server) -> tuple[int, dict[str, bytes]]:
     return answer["calls"], files
 
 
-def kill_and_go_on(config: Path, server: Server, kill_at: int, files: dict[str, bytes]) -> None:
+def kill_and_go_on(
+    config: Path, server: Server, kill_at: int, files: dict[str, bytes], *, commits: bool = False
+) -> None:
     out = config.parent / "job"
     shutil.rmtree(out)
-    assert server.run(config, kill_at)["killed"]
+    assert server.run(config, kill_at, commits=commits)["killed"]
     server.run(config)
     after = snapshot(out)
     assert after.keys() == files.keys()
@@ -124,10 +127,14 @@ def test_killed_before_calls_spread_over_the_whole_job(config: Path, server: Ser
 
 @pytest.mark.exhaustive
 @pytest.mark.timeout(3600)
-def test_killed_before_every_call_that_changes_the_folder(config: Path, server: Server, whole):
-    calls, files = whole
-    for kill_at in range(calls):
-        kill_and_go_on(config, server, kill_at, files)
+@pytest.mark.parametrize("part", range(8))
+def test_killed_before_every_call_of_every_commit(config: Path, server: Server, whole, part: int):
+    _, files = whole
+    shutil.rmtree(config.parent / "job")
+    calls = server.run(config, commits=True)["calls"]
+    assert calls > 200
+    for kill_at in range(part, calls, 8):
+        kill_and_go_on(config, server, kill_at, files, commits=True)
 
 
 def test_killed_twice_on_the_way(config: Path, server: Server, whole):

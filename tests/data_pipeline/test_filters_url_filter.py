@@ -8,6 +8,8 @@ was no host), by datatrove 4,419: it looks up the registered domain and the whol
 """
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from data_pipeline.url_blocklist import blocklist_files, write_blocklist
 from megagpt.errors import DataError
 from tests.data_pipeline.filter_case import write_gzip
 
+ROOT = Path(__file__).resolve().parents[2]
 DOMAINS = """# adult
 bad.com
 BAD.com
@@ -182,3 +185,33 @@ def test_a_hundred_thousand_domains_are_looked_up_quickly(tmp_path: Path) -> Non
     before = time.process_time()
     assert not any(map(blocklist.why, asked))
     assert time.process_time() - before < 1.0  # measured 0.1
+
+
+LOOK_UP = """
+import sys, time
+from pathlib import Path
+from data_pipeline.filters.url_filter import UrlBlocklist
+from data_pipeline.memory import peak_rss_bytes
+before = peak_rss_bytes()
+urls = UrlBlocklist.open(Path(sys.argv[1]))
+blocked = sum(bool(urls.why(f"https://www.d{i}.site{i % 997}.example/page")) for i in range(0, 4_500_000, 45))
+passed = sum(not urls.why(f"https://www.e{i}.site{i % 997}.example/page") for i in range(0, 4_500_000, 45))
+print(blocked, passed, peak_rss_bytes() - before)
+"""
+
+
+@pytest.mark.exhaustive
+def test_four_and_a_half_million_domains_take_under_40_megabytes(tmp_path: Path) -> None:
+    """As many as UT1 lists."""
+    with (tmp_path / "domains").open("w") as file:
+        file.writelines(f"d{i}.site{i % 997}.example\n" for i in range(4_500_000))
+    (tmp_path / "out").mkdir()
+    counts = write_blocklist(tmp_path / "out", UrlFilterSection(domains=(tmp_path / "domains",)))
+    assert counts.documents_out == 4_500_000
+    assert sum(path.stat().st_size for path in (tmp_path / "out").iterdir()) < 40e6
+    done = subprocess.run(
+        [sys.executable, "-c", LOOK_UP, str(tmp_path / "out")], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    blocked, passed, rss_bytes = map(int, done.stdout.split())
+    assert (blocked, passed) == (100_000, 100_000)
+    assert rss_bytes < 40e6

@@ -275,14 +275,14 @@ def test_without_deduplication_every_document_is_packed(corpus: Path, tmp_path: 
 
 
 def test_the_plan_lists_shards_and_what_is_reused_and_writes_nothing(corpus: Path, finished: DataJob, tmp_path: Path):
-    plan = plan_job(job_for(corpus, tmp_path / "absent"))
+    plan = " ".join(plan_job(job_for(corpus, tmp_path / "absent")).split())
     assert not (tmp_path / "absent").exists()
-    assert "000002  jsonl" in plan
-    assert "filter      0 of 3 task(s) reused; not done yet" in plan
-    assert "pack        will run; depends on the stages before it" in plan
-    plan = plan_job(job_for(corpus, finished.out, pack={"val_fraction": 0.3}))
-    assert "encode      3 of 3 task(s) reused" in plan
-    assert "pack        0 of 1 task(s) reused; configuration changed: pack.val_fraction 0.1 -> 0.3" in plan
+    assert "000002 jsonl" in plan
+    assert "filter 0 of 3 task(s) reused; not done yet" in plan
+    assert "pack will run; depends on the stages before it" in plan
+    plan = " ".join(plan_job(job_for(corpus, finished.out, pack={"val_fraction": 0.3})).split())
+    assert "encode 3 of 3 task(s) reused" in plan
+    assert "pack 0 of 1 task(s) reused; configuration changed: pack.val_fraction 0.1 -> 0.3" in plan
 
 
 def test_a_folder_that_cannot_be_made_is_the_users_to_mend(corpus: Path, tmp_path: Path):
@@ -303,7 +303,9 @@ def test_a_damaged_report_is_written_again(finished: DataJob):
 def test_where_nothing_is_kept_the_reasons_are_named(tmp_path: Path):
     folder = write_corpus(tmp_path / "corpus", n_shards=1)
     sources = [{"path": str(folder), "text_key": "body"}]
-    with pytest.raises(DataError, match=r"of 30 records no document is left .*\(json.no_text_key 30\)"):
+    with pytest.raises(
+        DataError, match=r"of 30 records no document is left .*\(json.no_text_key 30; damaged: .*0.jsonl at line 1: "
+    ):
         run_job(job_for(folder, tmp_path / "job", sources=sources))
 
 

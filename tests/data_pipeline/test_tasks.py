@@ -8,7 +8,6 @@ from data_pipeline.tasks import (
     Counts,
     Task,
     check_conservation,
-    code_fingerprint,
     commit,
     execute,
     hash_json,
@@ -128,9 +127,3 @@ def test_commit_removes_what_describes_the_replaced_outputs_and_files_of_the_ear
 def test_the_hash_of_a_configuration_does_not_depend_on_the_order_of_keys():
     assert hash_json({"a": 1, "b": [1, 2]}) == hash_json({"b": [1, 2], "a": 1})
     assert hash_json({"a": 1}) != hash_json({"a": 2})
-
-
-def test_the_code_fingerprint_covers_folders_files_and_library_versions():
-    assert code_fingerprint(("dedup",)) == code_fingerprint(("dedup",))
-    assert code_fingerprint(("dedup",)) != code_fingerprint(("dedup/minhash.py",))
-    assert code_fingerprint(("dedup",), ("duckdb 1",)) != code_fingerprint(("dedup",), ("duckdb 2",))
