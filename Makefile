@@ -1,6 +1,6 @@
 # make quickstart   environment, data, tokenizer, training, evaluation, report: the real programs, small sizes
 # make test         environment if missing, then the whole test suite
-# make test-faults  the tests that take long: a kill at every call that changes a file, a hundred random kills
+# make test-faults  the tests that take long: a kill at every call that changes a file, every parallel layout, Slurm
 # make install      the environment that both use: .venv
 
 PYTHON ?= python3

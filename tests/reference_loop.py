@@ -26,6 +26,8 @@ class Curve:
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
+    first_gradients: dict[str, Tensor] = field(default_factory=dict)
+    """Of the first step, clipped."""
 
 
 def reference_run(config: TrainingRun, steps: int, dtype: torch.dtype = torch.float32) -> Curve:
@@ -47,6 +49,8 @@ def reference_run(config: TrainingRun, steps: int, dtype: torch.dtype = torch.fl
         loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip)
+        if step == 0:
+            curve.first_gradients = {name: p.grad.clone() for name, p in named.items()}
         for group in adamw.param_groups:
             group["lr"] = learning_rate(step, config)
         adamw.step()

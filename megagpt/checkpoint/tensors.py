@@ -2,6 +2,8 @@
 
 A rank's file holds, for each of its slices, three 1-D fp32 tensors `NAME|weight`, `NAME|exp_avg`, `NAME|exp_avg_sq`,
 and in the header's metadata `NAME -> {"shape", "start"}`: the logical tensor's shape and the slice's flat offset in it.
+Where tensor parallelism cuts the tensor, `"shard"` names what this rank holds, and the offset counts in that:
+`{"dim", "spans"}`, the dimension that is cut and [start, size] of each stretch along it, in the order they are held.
 """
 
 from __future__ import annotations
@@ -20,24 +22,31 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megagpt.checkpoint import fsio
+from megagpt.checkpoint.spans import Spans
 from megagpt.errors import CheckpointError
+from megagpt.model.layout import Shard
 
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = (WEIGHT, *MOMENTS)
 
+CHUNK_NUMEL = 2**22
+"""Elements that are moved at a time between differently cut tensors: what bounds the memory of the index arithmetic."""
+
 
 @dataclass(frozen=True, slots=True)
 class TensorSlice:
-    """A contiguous part of a flattened logical tensor."""
+    """A contiguous part of a flattened logical tensor, or of a shard of it."""
 
     name: str
     shape: tuple[int, ...]
     """Shape of the whole logical tensor."""
     start: int
-    """First element of the part in the flattened tensor."""
+    """First element of the part in the flattened tensor, or in the flattened shard."""
     values: Mapping[str, Tensor]
     """Kind -> the part's values, 1-D fp32."""
+    shard: Shard | None = None
+    """What the rank holds of a tensor that is cut over a tensor group."""
 
 
 def write_slices(path: Path, slices: Iterable[TensorSlice]) -> tuple[int, str]:
@@ -50,13 +59,20 @@ def write_slices(path: Path, slices: Iterable[TensorSlice]) -> tuple[int, str]:
     header: dict[str, Any] = {"__metadata__": {}}
     offset = 0
     for part in parts:
-        header["__metadata__"][part.name] = json.dumps({"shape": part.shape, "start": part.start})
+        header["__metadata__"][part.name] = json.dumps(_description(part))
         for kind in KINDS:
             end = offset + 4 * part.values[kind].numel()
             entry = {"dtype": "F32", "shape": [part.values[kind].numel()], "data_offsets": [offset, end]}
             header[f"{part.name}|{kind}"] = entry
             offset = end
     return fsio.write_file(path, _file_chunks(header, parts))
+
+
+def _description(part: TensorSlice) -> dict[str, Any]:
+    described: dict[str, Any] = {"shape": part.shape, "start": part.start}
+    if part.shard is not None:
+        described["shard"] = {"dim": part.shard.layout.dim, "spans": part.shard.spans}
+    return described
 
 
 def _file_chunks(header: dict[str, Any], parts: Sequence[TensorSlice]) -> Iterator[bytes | memoryview]:
@@ -75,6 +91,12 @@ class _Piece:
     start: int
     numel: int
     file: Any
+    spans: Spans
+
+    def values(self, name: str, kind: str, begin: int, end: int) -> Tensor:
+        """Elements `begin` to `end`, counted as `start` is."""
+        found: Tensor = self.file.get_slice(f"{name}|{kind}")[begin - self.start : end - self.start]
+        return found
 
 
 class SliceReader:
@@ -98,7 +120,8 @@ class SliceReader:
     def _add(self, name: str, described: dict[str, Any], file: Any) -> None:
         numel = file.get_slice(f"{name}|{WEIGHT}").get_shape()[0]
         self._shapes[name] = tuple(described["shape"])
-        self._pieces.setdefault(name, []).append(_Piece(described["start"], numel, file))
+        spans = Spans.from_description(self._shapes[name], described.get("shard"))
+        self._pieces.setdefault(name, []).append(_Piece(described["start"], numel, file, spans))
 
     def __enter__(self) -> Self:
         return self
@@ -113,8 +136,15 @@ class SliceReader:
         """Name -> shape of every logical tensor."""
         return self._shapes
 
-    def read(self, name: str, kind: str, start: int, numel: int) -> Tensor:
+    def read(self, name: str, kind: str, start: int, numel: int, shard: Shard | None = None) -> Tensor:
         """`numel` values of a flattened logical tensor from `start` on, 1-D fp32.
+
+        Args:
+            name: the tensor's.
+            kind: one of `KINDS`.
+            start: counts in the flattened tensor; in the flattened shard where one is given.
+            numel: how many.
+            shard: what the reader holds of the tensor; padding reads as 0.
 
         Raises:
             CheckpointError: the checkpoint has no such tensor, or not all of it.
@@ -124,17 +154,15 @@ class SliceReader:
                 f"the checkpoint has no tensor '{name}'; it belongs to another model "
                 f"(it has {len(self._shapes)} tensors, for example '{next(iter(self._shapes), '')}')"
             )
-        result = torch.empty(numel)
-        filled = 0
-        for piece in self._pieces[name]:
-            begin, end = max(start, piece.start), min(start + numel, piece.start + piece.numel)
-            if begin < end:
-                found = piece.file.get_slice(f"{name}|{kind}")[begin - piece.start : end - piece.start]
-                result[begin - start : end - start] = found
-                filled += end - begin
-        if filled != numel:
+        wanted = Spans.of(self._shapes[name], shard)
+        result = torch.zeros(numel)
+        stop = min(start + numel, wanted.numel)  # behind it is padding
+        filled = sum(
+            _copy(piece, (name, kind), result, start, stop, wanted) for piece in self._pieces[name] if start < stop
+        )
+        if filled != max(0, stop - start):
             raise CheckpointError(
-                f"tensor '{name}': {filled} of {numel} values from {start} on are in the checkpoint's files; "
+                f"tensor '{name}': {filled} of {stop - start} values from {start} on are in the checkpoint's files; "
                 "a rank's file is missing or belongs to another save"
             )
         return result
@@ -160,3 +188,24 @@ class SliceReader:
         problems = [f"missing {missing[:3]}"] * bool(missing) + [f"unknown {unknown[:3]}"] * bool(unknown)
         if problems or other:
             raise CheckpointError("checkpoint of another model: " + "; ".join(problems + other[:3]))
+
+
+def _copy(piece: _Piece, key: tuple[str, str], result: Tensor, start: int, stop: int, wanted: Spans) -> int:
+    """Copy what a piece has of the elements `start` to `stop` of `wanted` into `result`; how many they were."""
+    if piece.spans == wanted:
+        begin, end = max(start, piece.start), min(stop, piece.start + piece.numel)
+        if begin < end:
+            result[begin - start : end - start] = piece.values(*key, begin, end)
+        return max(0, end - begin)
+    low, high = wanted.logical_range(start, stop)
+    copied = 0
+    for begin in range(piece.start, piece.start + piece.numel, CHUNK_NUMEL):
+        end = min(begin + CHUNK_NUMEL, piece.start + piece.numel)
+        here_low, here_high = piece.spans.logical_range(begin, end)
+        if here_high <= low or high <= here_low:
+            continue
+        place = wanted.to_local(piece.spans.to_logical(torch.arange(begin, end)))
+        is_wanted = (place >= start) & (place < stop)
+        result[place[is_wanted] - start] = piece.values(*key, begin, end)[is_wanted]
+        copied += int(torch.count_nonzero(is_wanted))
+    return copied

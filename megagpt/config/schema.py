@@ -171,13 +171,14 @@ class ParallelSection(Section):
     """How the model is laid over processes."""
 
     tensor: PositiveInt = 1
-    """Degree of tensor parallelism."""
+    """Processes that share each layer's weights (tensor parallelism). Divides `model.n_head`; keep it within a node."""
     pipeline: PositiveInt = 1
     """Pipeline stages."""
     sequence: PositiveInt = 1
     """Degree of Ulysses sequence parallelism."""
     tensor_sequence: bool = False
-    """Megatron-style sequence parallelism inside the tensor group."""
+    """Between the layers that `tensor` cuts, each process holds a part of the sequence (Megatron-style sequence
+    parallelism): the same loss with less memory for activations."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What DeepSpeed shards over data-parallel processes: 1 optimizer, 2 and gradients, 3 and weights.
     0 shards nothing and is allowed in fp32 only."""

@@ -54,7 +54,8 @@ def ds_config(config: TrainingRun, plan: BatchPlan) -> dict[str, Any]:
     }
     if config.train.dtype != "fp32":
         settings[config.train.dtype] = {"enabled": True}
-        settings["data_types"] = {"grad_accum_dtype": "fp32"}  # bf16 accumulates in bf16 by default
+        # By default bf16 accumulates in bf16, and buffers stay in fp32: turned queries would not fit to the values.
+        settings["data_types"] = {"grad_accum_dtype": "fp32", "buffer_dtype": config.train.dtype}
     for key in config.parallel.extra:
         if key not in EXTRA_KEYS:
             nearest = difflib.get_close_matches(key, EXTRA_KEYS, n=1)

@@ -22,7 +22,7 @@ from megagpt.engine.corrections import unname_shared_buffers, unscale_with_the_s
 from megagpt.engine.ds_config import ds_config
 from megagpt.errors import ConfigError, TrainingDiverged
 from megagpt.model.decoder import Decoder
-from megagpt.model.loss import next_token_nll
+from megagpt.parallel.apply_tensor import prepare_parameters
 from megagpt.parallel.mesh import Mesh
 from megagpt.parallel.plan import BatchPlan
 
@@ -78,10 +78,13 @@ class Engine:
         self._zero_stage = config.parallel.zero_stage
         self._fp16 = config.train.dtype == "fp16"
         _check_dtype(config.train.dtype, mesh.device)
+        self._shards = model.shards
+        prepare_parameters(model, model.shards, mesh)
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=_adamw(param_groups, config.optim, mesh.device),
             config=ds_config(config, plan),
+            mpu=mesh.mpu,
             dist_init_required=False,
         )
         if self._fp16:
@@ -116,7 +119,7 @@ class Engine:
             micro_nll = self._nll(tokens)
             nll += micro_nll.detach()
             if index == last:
-                total, stops = self.mesh.sum(float(nll), float(stop))
+                total, stops = self.mesh.sum(self._counted_once(float(nll)), float(stop))
                 loss = total / self.plan.tokens_per_step
                 self._check_finite("loss", loss)
             self._engine.backward(self._weighted(micro_nll))
@@ -139,12 +142,12 @@ class Engine:
             for batch, counted in batches:
                 nll += float(self._nll(batch, counted))
                 tokens += batch[:counted, 1:].numel()
-        total_nll, total_tokens = self.mesh.sum(nll, tokens)
+        total_nll, total_tokens = self.mesh.sum(self._counted_once(nll), self._counted_once(tokens))
         return total_nll / total_tokens, int(total_tokens)
 
     def owned_slices(self) -> Iterator[TensorSlice]:
         """This process's part of weights and optimizer state, for a checkpoint."""
-        return slices.owned_slices(self._engine, self.mesh.data_parallel_rank)
+        return slices.owned_slices(self._engine, self.mesh, self._shards)
 
     def engine_state(self) -> dict[str, float]:
         """Counters of the optimizer that are no tensors."""
@@ -156,7 +159,11 @@ class Engine:
     def restore(self, reader: SliceReader, state: Mapping[str, float]) -> None:
         """Take weights, moments and counters from a checkpoint of any layout."""
         reader.check_model(self.logical_shapes())
-        slices.restore_slices(self._engine, self.mesh.data_parallel_rank, reader.read, int(state["adam_step"]))
+
+        def read(name: str, kind: str, start: int, numel: int) -> Tensor:
+            return reader.read(name, kind, start, numel, self._shards.get(name))
+
+        slices.restore_slices(self._engine, self.mesh.zero_rank, read, int(state["adam_step"]))
         scaler = self._engine.optimizer.loss_scaler if self._fp16 else None
         if scaler is not None and scaler.dynamic and "scaler_iter" in state:  # a fixed scale is the configuration's
             scaler.cur_scale = state["loss_scale"]
@@ -167,14 +174,18 @@ class Engine:
     def logical_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every parameter as if there were one process."""
         return {
-            name: tuple(getattr(parameter, "ds_shape", parameter.shape))
-            for name, parameter in self.model.named_parameters()
+            name: self._shards[name].shape if name in self._shards else tuple(getattr(p, "ds_shape", p.shape))
+            for name, p in self.model.named_parameters()
         }
 
     def _nll(self, tokens: Tensor, counted: int | None = None) -> Tensor:
         """Summed negative log-likelihood of tokens[:counted, 1:], nats; of all rows where `counted` is None."""
         tokens = tokens.to(self.mesh.device, non_blocking=True)
-        return next_token_nll(self._engine(tokens[:, :-1])[:counted], tokens[:counted, 1:])
+        return self.model.nll(self._engine(tokens[:, :-1])[:counted], tokens[:counted, 1:])
+
+    def _counted_once(self, value: float) -> float:
+        """Every process of a tensor group has the same value: one of them brings it into a sum over all."""
+        return value if self.mesh.tensor_rank == 0 else 0.0
 
     def _weighted(self, micro_nll: Tensor) -> Tensor:
         """The loss that DeepSpeed is given.
@@ -188,8 +199,14 @@ class Engine:
         """ZeRO-0 clips without telling the norm; gradients are reduced by now, so take it here."""
         if self._zero_stage:
             return None
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return float(torch.nn.utils.get_total_norm(gradients))
+        whole: list[Tensor] = []
+        cut: list[Tensor] = []
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is not None:
+                is_cut = name in self._shards and self._shards[name].is_cut
+                (cut if is_cut else whole).append(parameter.grad)
+        (cut_squared,) = self.mesh.sum_over_tensor(float(torch.nn.utils.get_total_norm(cut)) ** 2)
+        return math.hypot(math.sqrt(cut_squared), float(torch.nn.utils.get_total_norm(whole)))
 
     def _outcome(self, loss: float, norm: float | None, *, stop: bool) -> StepOutcome:
         applied = bool(self._engine.was_step_applied())

@@ -3,12 +3,14 @@
 A logical tensor is a parameter of the model under its own name, as if there were one process. Each rank owns flat
 slices of some of them, in three values: the fp32 weight and both Adam moments. ZeRO-1/2 keep flat fp32 partitions whose
 `_hp_mapping` says which parameter lies where; ZeRO-3 cuts every parameter evenly and has a public local API;
-ZeRO-0 owns everything everywhere, so that rank 0 speaks for all.
+ZeRO-0 owns everything everywhere, so that rank 0 speaks for all. Under tensor parallelism all of this happens to the
+part of the tensor that the process's tensor group gave it: offsets are those of that part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,23 +23,45 @@ from deepspeed.utils import (
 from torch import Tensor
 
 from megagpt.checkpoint.tensors import MOMENTS, WEIGHT, TensorSlice
+from megagpt.model.layout import Shard
+from megagpt.parallel.mesh import Mesh
 
 Reader = Callable[[str, str, int, int], Tensor]
-"""(tensor name, value kind, flat start, numel) -> 1-D fp32 tensor."""
+"""(tensor name, value kind, flat start, numel) -> 1-D fp32 tensor; the start counts in what this process holds."""
 
 
-def owned_slices(engine: Any, rank: int) -> Iterator[TensorSlice]:
-    """Every slice that this process must write, in the model's parameter order."""
+def owned_slices(engine: Any, mesh: Mesh, shards: Mapping[str, Shard]) -> Iterator[TensorSlice]:
+    """Every slice that this process must write, in the model's parameter order.
+
+    Args:
+        engine: DeepSpeed's.
+        mesh: this process's place.
+        shards: parameter name -> what this process holds of it; a name that is absent is held whole.
+    """
     _link_optimizer_states(engine.optimizer)
     for name, parameter in engine.module.named_parameters():
+        shard = shards.get(name)
+        if mesh.tensor_rank > 0 and (shard is None or not shard.is_cut):
+            continue  # the first of the tensor group writes what all of them hold
         if hasattr(parameter, "ds_tensor"):
-            found = _zero3_slice(name, parameter, rank)
+            found = _zero3_slice(name, parameter, mesh.zero_rank)
         elif hasattr(parameter, "_hp_mapping"):
             found = _flat_partition_slice(name, parameter)
         else:
-            found = _whole_tensor(name, parameter, engine.optimizer) if rank == 0 else None
+            found = _whole_tensor(name, parameter, engine.optimizer) if mesh.zero_rank == 0 else None
+        if found is not None and shard is not None and shard.is_cut:
+            found = _without_padding(found, shard)
         if found is not None:
             yield found
+
+
+def _without_padding(found: TensorSlice, shard: Shard) -> TensorSlice | None:
+    """The slice as a part of a logical tensor that is cut; rows that only fill up a vocabulary are left out."""
+    numel = min(found.values[WEIGHT].numel(), shard.held_numel - found.start)
+    if numel <= 0:
+        return None
+    values = {kind: tensor[:numel] for kind, tensor in found.values.items()}
+    return replace(found, shape=shard.shape, values=values, shard=shard)
 
 
 def restore_slices(engine: Any, rank: int, read: Reader, adam_step: int) -> None:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from megagpt.model.layers import Block, Embedding, KVCache
+from megagpt.model.layout import Shard
+from megagpt.model.loss import next_token_nll
 from megagpt.model.rotary import Rotary
 
 
@@ -42,6 +44,10 @@ class Decoder(nn.Module):
         super().__init__()
         self.sizes = sizes
         self.tied_head = tied_head
+        self.shards: dict[str, Shard] = {}
+        """Parameter name -> the part of it that this process holds; empty where it holds everything."""
+        self.nll: Callable[[Tensor, Tensor], Tensor] = next_token_nll
+        """(what `forward` gives, targets (B, T)) -> summed negative log-likelihood, nats, fp32."""
         self.embedding = embedding
         self.blocks = nn.ModuleList(blocks)
         self.final_norm = final_norm

@@ -39,6 +39,7 @@ class GPT2Attention(Attention):
     def __init__(self, d_model: int, n_head: int, dropout: float) -> None:
         super().__init__()
         self.n_head = n_head
+        self.n_kv_head = n_head
         self.d_head = d_model // n_head
         self.qkv = nn.Linear(d_model, 3 * d_model)
         self.core = AttentionCore(n_head, n_head, dropout)

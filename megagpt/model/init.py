@@ -61,9 +61,11 @@ def init_weights(model: Decoder, seed: int) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ValueError(f"{name} is on the meta device; call model.to_empty(device=...) before init_weights")
-        value = initial_value(name, parameter.shape, seed, rule_for(name, n_layer))
+        shard = model.shards.get(name)
+        shape = shard.shape if shard is not None else parameter.shape
+        value = initial_value(name, shape, seed, rule_for(name, n_layer))
         with torch.no_grad():
-            parameter.copy_(value)
+            parameter.copy_(shard.cut(value) if shard is not None else value)
     model.reset_buffers()
 
 

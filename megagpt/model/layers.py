@@ -110,7 +110,14 @@ class AttentionCore(nn.Module):
 
 
 class Attention(nn.Module):
-    """What a family's attention gives beside `forward`: one step with a key-value cache."""
+    """What a family's attention has, and gives beside `forward`: one step with a key-value cache."""
+
+    n_head: int
+    n_kv_head: int
+    d_head: int
+    qkv: nn.Linear
+    core: AttentionCore
+    output: nn.Linear
 
     def decode(self, x: Tensor, step: CacheStep, layer: int) -> Tensor:
         """(B, T, C) new tokens -> (B, T, C), looking also at what the cache holds."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megagpt.config.schema import TrainingRun
+from megagpt.config.schema import LlamaModel, TrainingRun
 from megagpt.errors import ConfigError
 
 
@@ -21,6 +21,13 @@ class BatchPlan:
     """Micro-batches a process adds up before the optimizer steps."""
     seq_len: int
     """Tokens a sequence."""
+    model_parallel: int = 1
+    """Processes that work on the same samples: tensor x pipeline x sequence."""
+
+    @property
+    def world_size(self) -> int:
+        """All processes."""
+        return self.data_parallel * self.model_parallel
 
     @property
     def global_batch_size(self) -> int:
@@ -60,9 +67,27 @@ REFUSALS: tuple[Refusal, ...] = (
         "parallel.zero_stage=1 (the same memory on one process), or train.dtype=fp32",
     ),
     Refusal(
-        lambda c: c.parallel.tensor > 1,
-        "parallel.tensor above 1: this version has no tensor-parallel layers",
-        "parallel.tensor=1 with parallel.zero_stage=3, or parallel.zero_stage=2",
+        lambda c: c.model.n_head % c.parallel.tensor != 0,
+        "parallel.tensor does not divide model.n_head: every process of a tensor group takes whole query heads",
+        "a divisor of model.n_head for parallel.tensor, or parallel.tensor=1 with parallel.zero_stage=3",
+    ),
+    Refusal(
+        lambda c: not _kv_heads_divide(c),
+        "parallel.tensor and model.n_kv_head: neither divides the other, so that a process's query heads would look at "
+        "parts of several key and value heads",
+        "a parallel.tensor that is a divisor or a multiple of model.n_kv_head, or parallel.tensor=1 with "
+        "parallel.zero_stage=3",
+    ),
+    Refusal(
+        lambda c: _kv_heads_divide(c) and _kv_channels(c) % c.parallel.tensor != 0,
+        "parallel.tensor does not divide the channels of all key and value heads (n_kv_head x d_model / n_head), which "
+        "are cut where there are more processes than such heads",
+        "a smaller parallel.tensor, or parallel.tensor=1 with parallel.zero_stage=3",
+    ),
+    Refusal(
+        lambda c: c.model.family == "llama" and c.model.d_ff % c.parallel.tensor != 0,
+        "parallel.tensor does not divide model.d_ff: every process of a tensor group takes equally many channels of it",
+        "a divisor of model.d_ff for parallel.tensor, or a model.d_ff that is a multiple of it",
     ),
     Refusal(
         lambda c: c.parallel.pipeline > 1,
@@ -70,12 +95,35 @@ REFUSALS: tuple[Refusal, ...] = (
         "parallel.pipeline=1 with parallel.zero_stage=3, or parallel.zero_stage=2",
     ),
     Refusal(
-        lambda c: c.parallel.sequence > 1 or c.parallel.tensor_sequence,
-        "sequence parallelism: this version has none",
-        "parallel.sequence=1 parallel.tensor_sequence=false with train.recompute=full for long sequences",
+        lambda c: c.parallel.sequence > 1,
+        "parallel.sequence above 1: this version has no Ulysses sequence parallelism",
+        "parallel.sequence=1 with parallel.tensor_sequence=true, or with train.recompute=full for long sequences",
+    ),
+    Refusal(
+        lambda c: c.parallel.tensor_sequence and c.parallel.tensor == 1,
+        "parallel.tensor_sequence with parallel.tensor=1: there is no tensor group to share out a sequence in",
+        "parallel.tensor=2 or more, or parallel.tensor_sequence=false",
+    ),
+    Refusal(
+        lambda c: c.parallel.tensor_sequence and c.model.max_seq_len % c.parallel.tensor != 0,
+        "parallel.tensor_sequence: parallel.tensor does not divide model.max_seq_len, the length of a sample",
+        "a multiple of parallel.tensor for model.max_seq_len, or parallel.tensor_sequence=false",
     ),
 )
 """What cannot be run, as data: the configuration check, `--check` and the tests read this one table."""
+
+
+def _n_kv_head(config: TrainingRun) -> int:
+    return config.model.n_kv_head if isinstance(config.model, LlamaModel) else config.model.n_head
+
+
+def _kv_heads_divide(config: TrainingRun) -> bool:
+    kv, tensor = _n_kv_head(config), config.parallel.tensor
+    return kv % tensor == 0 or tensor % kv == 0 or config.model.n_head % tensor != 0  # the last is told by itself
+
+
+def _kv_channels(config: TrainingRun) -> int:
+    return _n_kv_head(config) * (config.model.d_model // config.model.n_head)
 
 
 def check_layout(config: TrainingRun) -> None:
@@ -112,4 +160,4 @@ def plan_batches(config: TrainingRun, world_size: int) -> BatchPlan:
             f"train.global_batch_size ({wanted}) must be a multiple of data-parallel processes ({data_parallel}) "
             f"x train.micro_batch_size ({micro}) = {width}; the nearest that fit: {nearest}"
         )
-    return BatchPlan(data_parallel, micro, wanted // width, config.model.max_seq_len)
+    return BatchPlan(data_parallel, micro, wanted // width, config.model.max_seq_len, model_parallel)

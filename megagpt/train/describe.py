@@ -65,7 +65,7 @@ def describe_plan(config: TrainingRun, plan: BatchPlan) -> dict[str, Any]:
     return {
         "parameters": flops.parameter_count(config.model),
         "flops_per_token": flops.flops_per_token(config.model, seq_len),
-        "world_size": plan.data_parallel,
+        "world_size": plan.world_size,
         "data_parallel": plan.data_parallel,
         "micro_batch_size": plan.micro_batch_size,
         "grad_accum_steps": plan.grad_accum_steps,

@@ -12,6 +12,7 @@ import xxhash
 
 from megagpt.config.schema import TrainingRun
 from megagpt.engine.engine import Engine, StepOutcome
+from megagpt.parallel.mesh import Mesh
 from megagpt.train.batches import TrainBatches, ValidationBatches
 from megagpt.train.metrics import Metrics
 from megagpt.train.progress import ProgressLine
@@ -54,7 +55,7 @@ def train(config: TrainingRun, state: TrainState, use: Collaborators) -> TrainSt
     saved_at = state.step
     while state.step < config.train.max_steps:
         started_at = time.perf_counter()
-        seed_random_numbers(config.run.seed, state.step, use.engine.mesh.rank)
+        seed_random_numbers(config.run.seed, state.step, use.engine.mesh)
         lr = use.schedule(state.step)
         outcome = use.engine.train_step(use.batches.step(state.step), lr, stop=use.stop.requested)
         state = state.after_step(use.engine.plan.tokens_per_step, skipped=outcome.skipped)
@@ -72,9 +73,9 @@ def train(config: TrainingRun, state: TrainState, use: Collaborators) -> TrainSt
     return state
 
 
-def seed_random_numbers(seed: int, step: int, rank: int) -> None:
-    """Random numbers (dropout) follow from seed, step and rank alone, so that no generator state need be saved."""
-    torch.manual_seed(xxhash.xxh3_64_intdigest(f"{seed}/{step}/{rank}".encode()) >> 1)
+def seed_random_numbers(seed: int, step: int, mesh: Mesh) -> None:
+    """Random numbers (dropout) follow from seed, step and place alone, so that no generator state need be saved."""
+    torch.manual_seed(xxhash.xxh3_64_intdigest(f"{seed}/{step}/{mesh.random_rank}".encode()) >> 1)
 
 
 def _due(step: int, every: int) -> bool:

@@ -32,13 +32,15 @@ from megagpt.model import flops
 from megagpt.model.build import build_model
 from megagpt.model.init import init_weights
 from megagpt.model.recompute import apply_recompute
-from megagpt.parallel.mesh import Mesh
+from megagpt.parallel.apply_tensor import apply_tensor_parallel
+from megagpt.parallel.mesh import Mesh, make_mesh
 from megagpt.parallel.plan import BatchPlan, plan_batches
 from megagpt.tokenizer import Tokenizer
 from megagpt.train.batches import TrainBatches, ValidationBatches
 from megagpt.train.command import USAGE, Launch, parse_arguments
 from megagpt.train.compatible import changed_values, check_resumable, check_tokens
 from megagpt.train.describe import check_run, describe_plan, package_versions
+from megagpt.train.environment import check_rendezvous
 from megagpt.train.loop import Collaborators, train
 from megagpt.train.metrics import JsonlSink, Metrics, Sink, TensorBoardSink, WandbSink
 from megagpt.train.optim import parameter_groups
@@ -68,7 +70,9 @@ def main(argv: Sequence[str], environment: Mapping[str, str]) -> int:
             checked = check_run(config, launch.world_size)
             console.print(checked, highlight=False, markup=False, soft_wrap=True)
             return 0
-        run_training(config, plan_batches(config, launch.world_size), launch, console)
+        plan = plan_batches(config, launch.world_size)
+        check_rendezvous(environment)
+        run_training(config, plan, launch, console)
     except MegaGPTError as error:
         if launch.local_rank == 0:  # each host tells: a file may be missing on one of them alone
             Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
@@ -105,7 +109,7 @@ def run_training(config: TrainingRun, plan: BatchPlan, launch: Launch, console: 
     """Train one run to its end: data, mesh, model, engine, state, loop."""
     mixture = open_mixture(config.data.train, plan.seq_len, config.run.seed)
     tokenizer = check_tokens(config, mixture)
-    mesh = _start_mesh(launch)
+    mesh = _start_mesh(launch, config)
     busy = MegaGPTError(f"{config.run.dir}: another process trains here; wait for it to end, or set another run.dir")
     with ExitStack() as held:
         mesh.on_main(lambda: held.enter_context(locked_folder(config.run.dir, busy)))
@@ -165,7 +169,7 @@ def log_event(run_dir: Path, event: str, step: int, **details: Any) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def _start_mesh(launch: Launch) -> Mesh:
+def _start_mesh(launch: Launch, config: TrainingRun) -> Mesh:
     device_type: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
     if device_type == "cuda":
         torch.cuda.set_device(launch.local_rank)
@@ -174,7 +178,7 @@ def _start_mesh(launch: Launch) -> Mesh:
         torch.set_num_threads(launch.threads or max(1, cores // launch.local_world_size))
     init_distributed(COLLECTIVE_TIMEOUT, device_type=device_type)
     device = f"cuda:{launch.local_rank}" if device_type == "cuda" else "cpu"
-    return Mesh(launch.rank, launch.world_size, launch.local_rank, torch.device(device))
+    return make_mesh(launch.rank, launch.world_size, launch.local_rank, torch.device(device), config.parallel)
 
 
 def _newest_checkpoint(store: CheckpointStore, config: TrainingRun, mixture: Mixture, mesh: Mesh) -> Manifest | None:
@@ -196,7 +200,10 @@ def _newest_checkpoint(store: CheckpointStore, config: TrainingRun, mixture: Mix
 
 
 def _build_engine(config: TrainingRun, plan: BatchPlan, mesh: Mesh) -> Engine:
-    model = build_model(config.model)
+    with torch.device("meta"):
+        model = build_model(config.model)
+        apply_tensor_parallel(model, mesh, sequence=config.parallel.tensor_sequence)
+    model = model.to_empty(device="cpu")
     init_weights(model, config.run.seed)
     apply_recompute(model, config.train.recompute)
     return Engine(model, parameter_groups(model, config.optim.weight_decay), config, plan, mesh)
@@ -247,7 +254,7 @@ def _changes(newest: Manifest | None, identity: Identity) -> dict[str, tuple[Any
 
 
 def _log_start(run_dir: Path, state: TrainState, plan: BatchPlan, changes: Mapping[str, tuple[Any, Any]]) -> None:
-    details: dict[str, Any] = {"world_size": plan.data_parallel}
+    details: dict[str, Any] = {"world_size": plan.world_size}
     if changes:
         details["changed"] = changes
     log_event(run_dir, "resumed" if state.step else "started", state.step, **details)

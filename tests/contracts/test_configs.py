@@ -12,11 +12,13 @@ from data_pipeline.config import DataJob
 from data_pipeline.filters.registry import build_filters
 from megagpt.config.load import load_config
 from megagpt.config.schema import ModelSection, TrainingRun
-from megagpt.model.flops import parameter_count
-from megagpt.parallel.plan import plan_batches
+from megagpt.errors import ConfigError
+from megagpt.model.flops import memory_bytes, parameter_count
+from megagpt.parallel.plan import REFUSALS, plan_batches
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-BY_FOLDER = {name: sorted((CONFIGS / name).glob("*.yaml")) for name in ("", "model", "data", "data/filters", "evals")}
+FOLDERS = ("", "model", "data", "data/filters", "evals", "cluster")
+BY_FOLDER = {name: sorted((CONFIGS / name).glob("*.yaml")) for name in FOLDERS}
 REST = ["run.dir=r", "data.train=d", "optim.lr=1e-3", "train.max_steps=1"]
 REST += ["train.global_batch_size=1", "train.micro_batch_size=1"]
 
@@ -109,3 +111,81 @@ def test_the_quickstart_trains_on_what_its_data_job_writes():
     assert run.data.train == job.out / f"{name}_train"
     assert run.data.val == job.out / f"{name}_val"
     assert run.model.vocab_size >= job.tokenizer.vocab_size
+
+
+GPU_BYTES = 80e9
+CLUSTERS = {"a100_1x8", "a100_8x8", "a100_16x8", "a100_128x8", "h100_8x8"}
+
+
+def parts_of(path):
+    """`a100_16x8_llama_7b` -> the cluster, hosts, GPUs a host, the model's file."""
+    gpu, shape, model = path.stem.split("_", 2)
+    hosts, gpus = map(int, shape.split("x"))
+    return f"{gpu}_{shape}", hosts, gpus, CONFIGS / "model" / f"{model}.yaml"
+
+
+def cluster_run(path):
+    words = [word for word in REST if not word.startswith("train.") or "max_steps" in word]
+    return load_config(TrainingRun, [parts_of(path)[3], path], words)
+
+
+def test_every_cluster_has_layouts():
+    assert {parts_of(path)[0] for path in BY_FOLDER["cluster"]} == CLUSTERS
+
+
+@pytest.mark.parametrize("path", BY_FOLDER["cluster"], ids=name_of)
+def test_a_cluster_file_lays_its_model_over_exactly_its_gpus(path):
+    _, hosts, gpus, _ = parts_of(path)
+    config = cluster_run(path)
+    parallel, model = config.parallel, config.model
+    model_parallel = parallel.tensor * parallel.pipeline * parallel.sequence
+    data_parallel, rest = divmod(hosts * gpus, model_parallel)
+    assert rest == 0
+    assert gpus % (parallel.tensor * parallel.sequence) == 0, "tensor and sequence groups stay inside a host"
+    assert config.train.global_batch_size % (data_parallel * config.train.micro_batch_size) == 0
+    assert model.n_head % parallel.tensor == 0
+    assert model.n_layer % parallel.pipeline == 0
+    assert not (parallel.pipeline > 1 and parallel.zero_stage > 1), "DeepSpeed's pipeline engine takes ZeRO-1 at most"
+    micro_batches = config.train.global_batch_size // (data_parallel * config.train.micro_batch_size)
+    assert (parallel.pipeline - 1) / micro_batches < 0.1, "share of a step that the pipeline stands still"
+    assert 0.4e6 <= config.train.global_batch_size * model.max_seq_len <= 4.3e6
+
+
+@pytest.mark.parametrize("path", BY_FOLDER["cluster"], ids=name_of)
+def test_a_cluster_file_fits_into_its_gpus(path):
+    """80 GB, a tenth of it left for the allocator and the buckets of ZeRO."""
+    _, hosts, gpus, _ = parts_of(path)
+    config = cluster_run(path)
+    model_parallel = config.parallel.tensor * config.parallel.pipeline
+    estimate = memory_bytes(
+        config.model,
+        dtype=config.train.dtype,
+        zero_stage=config.parallel.zero_stage,
+        data_parallel=hosts * gpus // model_parallel,
+        micro_batch_size=config.train.micro_batch_size,
+        recompute=config.train.recompute,
+    )
+    states = estimate.weights_bytes + estimate.gradients_bytes + estimate.optimizer_bytes
+    # The first of p stages holds p micro-batches of L / p layers. Without sequence parallelism, what
+    # recompute keeps (block inputs) is whole on every tensor rank.
+    activations = estimate.activations_bytes
+    if config.train.recompute != "full" or config.parallel.tensor_sequence:
+        activations /= config.parallel.tensor
+    logits = estimate.logits_bytes / config.parallel.tensor
+    assert states / model_parallel + activations + logits < 0.9 * GPU_BYTES
+
+
+@pytest.mark.parametrize("path", BY_FOLDER["cluster"], ids=name_of)
+def test_a_cluster_file_is_planned_or_refused_for_what_this_version_lacks_alone(path):
+    """A layout that is not built yet is refused in the table's words; the day it is built, it must plan."""
+    _, hosts, gpus, _ = parts_of(path)
+    config = cluster_run(path)
+    refused = [rule for rule in REFUSALS if rule.applies(config)]
+    assert [rule.reason for rule in refused if "this version has no" not in rule.reason] == []
+    if refused:
+        with pytest.raises(ConfigError) as caught:
+            plan_batches(config, hosts * gpus)
+        assert all(rule.reason in str(caught.value) for rule in refused)
+    else:
+        plan = plan_batches(config, hosts * gpus)
+        assert plan.global_batch_size == config.train.global_batch_size

@@ -21,7 +21,8 @@ from megagpt.engine.engine import Engine, init_distributed
 from megagpt.model.build import build_model
 from megagpt.model.init import init_weights
 from megagpt.model.recompute import apply_recompute
-from megagpt.parallel.mesh import Mesh
+from megagpt.parallel.apply_tensor import apply_tensor_parallel
+from megagpt.parallel.mesh import Mesh, make_mesh
 from megagpt.parallel.plan import plan_batches
 from megagpt.train.batches import TrainBatches
 from megagpt.train.optim import parameter_groups
@@ -69,7 +70,10 @@ def run_jobs(jobs: list[Job], out: Path) -> None:
     torch.set_num_threads(1)
     init_distributed(timedelta(seconds=120), device_type="cpu")
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    mesh = Mesh(rank, world_size, rank, torch.device("cpu"))
+    parallel = jobs[0].config.parallel  # one mesh a group of processes: DeepSpeed keeps the first
+    mesh = make_mesh(rank, world_size, rank, torch.device("cpu"), parallel)
+    assert all((job.config.parallel.tensor, job.config.parallel.pipeline, job.config.parallel.sequence)
+               == (mesh.tensor, mesh.pipeline, mesh.sequence) for job in jobs)  # fmt: skip
     measured = {job.name: _run_job(job, mesh) for job in jobs}
     if mesh.is_main:
         out.write_text(json.dumps({name: vars(value) for name, value in measured.items()}))
@@ -109,7 +113,10 @@ def _run_job(job: Job, mesh: Mesh) -> Measured:
 
 def _engine(job: Job, mesh: Mesh) -> Engine:
     config = job.config
-    model = build_model(config.model)
+    with torch.device("meta"):
+        model = build_model(config.model)
+        apply_tensor_parallel(model, mesh, sequence=config.parallel.tensor_sequence)
+    model = model.to_empty(device="cpu")
     init_weights(model, config.run.seed)
     apply_recompute(model, config.train.recompute)
     correction = engine_module.unscale_with_the_scale_of_the_step

@@ -46,6 +46,7 @@ def test_deepspeed_reads_our_values_as_they_are_meant(settings):
     assert parsed.bfloat16_config.enabled
     assert not parsed.float16_config.enabled
     assert parsed.grad_accum_dtype == "fp32"
+    assert parsed.buffer_dtype == "bf16"
 
 
 BATCH_FOR_ONE = {"train_batch_size": 4}

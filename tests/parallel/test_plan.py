@@ -13,7 +13,12 @@ from tests.tiny import SEQ_LEN, run_config
 
 @pytest.fixture
 def config(tmp_path):
-    return lambda *overrides: run_config(tmp_path, tmp_path / "tokens", *overrides)
+    def make(*overrides):
+        family = "llama" if LLAMA[0] in overrides else "gpt2"
+        words = [word for word in overrides if word not in LLAMA]
+        return run_config(tmp_path, tmp_path / "tokens", *words, family=family)
+
+    return make
 
 
 def test_a_step_is_divided_over_processes_and_micro_batches(config):
@@ -53,13 +58,23 @@ def test_the_ranks_of_any_layout_share_out_the_samples_of_a_step(data_parallel, 
     assert taken == list(range(step * batch, (step + 1) * batch))
 
 
+LLAMA = ("family=llama",)
+
 REFUSED = {
     "zero_stage=0 with bf16": ("parallel.zero_stage=0", "train.dtype=bf16"),
     "zero_stage=0 with fp16": ("parallel.zero_stage=0", "train.dtype=fp16"),
-    "parallel.tensor above 1": ("parallel.tensor=2",),
+    "parallel.tensor does not divide model.n_head": ("parallel.tensor=3",),
+    "parallel.tensor and model.n_kv_head": (*LLAMA, "model.n_head=12", "model.n_kv_head=6", "parallel.tensor=4"),
+    "parallel.tensor does not divide the channels": (*LLAMA, "model.n_kv_head=1", "parallel.tensor=4"),
+    "parallel.tensor does not divide model.d_ff": (*LLAMA, "model.d_ff=37", "parallel.tensor=2"),
     "parallel.pipeline above 1": ("parallel.pipeline=2",),
-    "sequence parallelism": ("parallel.sequence=2",),
-    "sequence parallelism: this version has none": ("parallel.tensor_sequence=true",),
+    "parallel.sequence above 1": ("parallel.sequence=2",),
+    "parallel.tensor_sequence with parallel.tensor=1": ("parallel.tensor_sequence=true",),
+    "parallel.tensor_sequence: parallel.tensor does not divide model.max_seq_len": (
+        "parallel.tensor_sequence=true",
+        "parallel.tensor=2",
+        "model.max_seq_len=17",
+    ),
 }
 
 
@@ -80,8 +95,8 @@ def test_every_refusal_is_among_the_tested_ones(config):
 
 
 def test_several_refusals_are_told_at_once(config):
-    with pytest.raises(ConfigError, match=r"parallel.tensor above 1(.|\n)*parallel.pipeline above 1"):
-        check_layout(config("parallel.tensor=2", "parallel.pipeline=2"))
+    with pytest.raises(ConfigError, match=r"model.n_head(.|\n)*parallel.pipeline above 1"):
+        check_layout(config("parallel.tensor=3", "parallel.pipeline=2"))
 
 
 def test_zero_0_in_fp32_and_every_other_stage_in_every_precision_are_allowed(config):
@@ -89,3 +104,15 @@ def test_zero_0_in_fp32_and_every_other_stage_in_every_precision_are_allowed(con
     for stage in (1, 2, 3):
         for dtype in ("fp32", "bf16", "fp16"):
             check_layout(config(f"parallel.zero_stage={stage}", f"train.dtype={dtype}"))
+
+
+def test_a_tensor_group_shares_its_samples(config):
+    plan = plan_batches(config("parallel.tensor=2", "train.micro_batch_size=1"), world_size=4)
+    assert (plan.data_parallel, plan.model_parallel, plan.world_size, plan.grad_accum_steps) == (2, 2, 4, 4)
+    with pytest.raises(ConfigError, match="start a multiple of 2"):
+        plan_batches(config("parallel.tensor=2"), world_size=3)
+
+
+def test_fewer_key_and_value_heads_than_processes_are_allowed(config):
+    check_layout(config(*LLAMA, "model.n_kv_head=1", "model.d_model=32", "parallel.tensor=4"))
+    check_layout(config(*LLAMA, "parallel.tensor=4", "parallel.tensor_sequence=true"))

@@ -1,0 +1,1 @@
+"""What is wrong with the hosts of a run, found before it starts: `megagpt doctor`."""
