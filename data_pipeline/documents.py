@@ -35,6 +35,7 @@ from data_pipeline.dedup.minhash import Signer
 from data_pipeline.dedup.signatures import utf8_of
 from data_pipeline.dedup.spans import Columns, RowReader, sort_rows, unite
 from data_pipeline.dedup.text_batches import doc_id_range
+from data_pipeline.histogram import in_order, size_classes
 from data_pipeline.parquet_reader import open_rows
 from data_pipeline.parquet_writer import DOCUMENT_SCHEMA, BoundedWriter
 from data_pipeline.tasks import Counts, Progress
@@ -238,7 +239,7 @@ class _Outputs:
         self._documents = stack.enter_context(BoundedWriter(folder / DOCUMENTS_FILE, DOCUMENT_SCHEMA))
         self._hashes = stack.enter_context(BoundedWriter(folder / HASHES_FILE, HASHES_SCHEMA, _HASHES_GROUP_ROWS))
         self._sources: dict[str, Counter[str]] = {}
-        self._lengths: Counter[int] = Counter()
+        self._lengths: Counter[str] = Counter()
         self._text_bytes = 0
 
     def write(self, group: _Group, known: Columns) -> None:
@@ -266,7 +267,7 @@ class _Outputs:
         self._documents.add_table(table.cast(DOCUMENT_SCHEMA), int(text_bytes.sum()))
         self._hashes.add_table(pa.table(hashes, schema=HASHES_SCHEMA), 0)
         self._text_bytes += int(text_bytes.sum())
-        self._lengths.update(_powers_of_two(pc.utf8_length(text).to_numpy()))
+        self._lengths.update(size_classes(pc.utf8_length(text).to_pylist()))
 
     def _count(self, group: _Group) -> None:
         sources = group.table.column("source").to_pylist()
@@ -285,7 +286,7 @@ class _Outputs:
             {
                 "text_bytes": self._text_bytes,
                 "sources": {source: dict(counter) for source, counter in self._sources.items()},
-                "length_histogram": {str(power): n for power, n in sorted(self._lengths.items())},
+                "length_histogram": in_order(self._lengths),
                 **detail,
             },
         )
@@ -312,9 +313,3 @@ def _content_hashes(texts: list[str]) -> tuple[list[int], list[int]]:
         return [], []
     hashes = Signer(None).sign(*utf8_of(pa.array(texts, pa.string()))).content_hashes
     return [h >> 64 for h in hashes], [h & _LOW_64 for h in hashes]
-
-
-def _powers_of_two(lengths: NDArray[Any]) -> dict[int, int]:
-    """Texts by length: the key is the smallest power of two that is at least the number of characters."""
-    powers = np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)
-    return {1 << power: n for power, n in Counter(powers.tolist()).items()}

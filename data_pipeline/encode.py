@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.dedup.signatures import utf8_of
 from data_pipeline.fast_bpe import FastBpe
+from data_pipeline.histogram import in_order, size_classes
 from data_pipeline.parquet_reader import open_rows
 from data_pipeline.tasks import Counts, Progress, hash_file
 from megagpt.data.indexed import TokenFileWriter, token_dtype
@@ -66,7 +67,7 @@ def write_tokens(folder: Path, documents: Path, tokenizer_spec: str, progress: P
         for batch, facts in _documents(documents):
             tokens, lengths = encode_column(tokenizer, fast, batch.column("text"))
             writer.add_documents(tokens, lengths)
-            histogram.update(length_histogram(lengths))
+            histogram.update(size_classes(lengths.tolist()))
             facts = facts.append_column("n_tokens", pa.array(lengths, pa.int64()))
             group.append(facts.select(ENCODED_SCHEMA.names).cast(ENCODED_SCHEMA))
             if sum(map(len, group)) >= _GROUP_ROWS:
@@ -80,7 +81,7 @@ def write_tokens(folder: Path, documents: Path, tokenizer_spec: str, progress: P
             rows.write_table(pa.concat_tables(group))
         counts.detail["tokens"] = writer.n_tokens
     counts.documents_out = counts.documents_in
-    counts.detail["length_histogram"] = dict(sorted(histogram.items(), key=lambda item: int(item[0])))
+    counts.detail["length_histogram"] = in_order(histogram)
     return counts
 
 
@@ -136,12 +137,6 @@ def _check_separators(eot_id: int, tokens: TokenArray, lengths: NDArray[np.int64
             f"{str(texts[first])[:80]!r} ... would be cut in two; use a tokenizer whose end-of-text token is a special "
             "one"
         )
-
-
-def length_histogram(lengths: NDArray[np.int64]) -> dict[str, int]:
-    """Documents by length: the key is the smallest power of two that is at least the number of tokens."""
-    powers = np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)
-    return {str(1 << power): n for power, n in sorted(Counter(powers.tolist()).items())}
 
 
 def _documents(folder: Path) -> Iterator[tuple[pa.RecordBatch, pa.Table]]:

@@ -20,6 +20,7 @@ from data_pipeline.config import DataJob, LanguageSection, Source
 from data_pipeline.document import Document, Shard
 from data_pipeline.filters.registry import FilterChain, build_filters
 from data_pipeline.filters.url_filter import UrlBlocklist
+from data_pipeline.histogram import in_order, size_class
 from data_pipeline.intake import Account, DocumentFiles, read_documents
 from data_pipeline.language import LanguageModel
 from data_pipeline.parquet_reader import open_rows
@@ -70,13 +71,13 @@ def filter_documents(
             files.add(document, reason)
             if not no_text:
                 decisions.add(document, reason)
-                lengths[_length_class(document.text)] += 1
+                lengths[size_class(len(document.text))] += 1
     return account.counts(
         failed_rules=dict(rules.failed_rules),
         languages=dict(rules.languages),
         kept_by_language=dict(rules.kept_by_language),
         thresholds=rules.thresholds(),
-        lengths=dict(lengths),
+        lengths=in_order(lengths),
     )
 
 
@@ -183,8 +184,3 @@ def _read_extracted(path: Path, account: Account, progress: Progress | None) -> 
             account.text_bytes_in += n_bytes
             if progress is not None:
                 progress(n_bytes, len(batch))
-
-
-def _length_class(text: str) -> str:
-    """The smallest power of two that is at least the number of characters."""
-    return str(1 << max(len(text) - 1, 0).bit_length())

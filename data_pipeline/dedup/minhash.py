@@ -25,7 +25,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from data_pipeline.shuffle import mix64
 from data_pipeline.text_classes import N_CODE_POINTS, word_lower_case
+from data_pipeline.word_hashes import mix
 
 UInt8Array = NDArray[np.uint8]
 UInt64Array = NDArray[np.uint64]
@@ -41,9 +43,6 @@ _FNV_PRIME = np.uint64(0x100000001B3)
 # Any odd number of good spectrum will do; this one is from PCG. Source: O'Neill 2014, section 6.2.3.
 SHINGLE_BASE = 6364136223846793005
 _BASE = np.uint64(SHINGLE_BASE)
-# Multipliers of splitmix64's finaliser. Source: Steele, Lea, Flood 2014.
-_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_2 = np.uint64(0x94D049BB133111EB)
 _LARGEST = np.uint64(0xFFFFFFFFFFFFFFFF)
 _BLOCK_SHINGLES = 2048
 _SPACE = 32
@@ -65,7 +64,7 @@ class MinHasher:
     def functions(self) -> tuple[UInt64Array, UInt64Array]:
         """Odd multipliers and offsets of the hash functions, (bands * rows,) each."""
         numbers = np.arange(1, 2 * self.bands * self.rows + 1, dtype=np.uint64) + np.uint64(SEED)
-        mixed = _mix_all(numbers)
+        mixed = mix64(numbers)
         return mixed[::2] | np.uint64(1), np.ascontiguousarray(mixed[1::2])
 
 
@@ -139,22 +138,6 @@ def shingle_set(text: UInt8Array, ngram: int) -> UInt64Array:
 def _room_for(n_bytes: int) -> int:
     # The lower case of a character takes at most one and a half times its bytes: two may become three.
     return n_bytes + n_bytes // 2 + 4
-
-
-@compiled
-def mix64(value: np.uint64) -> np.uint64:
-    """The finaliser of splitmix64, a bijection on 64-bit numbers. Source: Steele, Lea, Flood 2014, figure 16."""
-    value = (value ^ (value >> np.uint64(30))) * _MIX_1
-    value = (value ^ (value >> np.uint64(27))) * _MIX_2
-    return value ^ (value >> np.uint64(31))
-
-
-@compiled
-def _mix_all(values: UInt64Array) -> UInt64Array:
-    mixed = np.empty_like(values)
-    for i in range(len(values)):
-        mixed[i] = mix64(values[i])
-    return mixed
 
 
 @compiled
@@ -243,7 +226,7 @@ def _read_words(
             written = _encode(np.int64(character), normalised, written)
         elif inside:
             inside = False
-            newest = mix64(word)
+            newest = mix(word)
             rolled = rolled * _BASE + newest - ring[slot] * power
             ring[slot] = newest
             slot += 1
@@ -251,7 +234,7 @@ def _read_words(
                 slot = np.int64(0)
             n_words += 1
             if n_words >= ngram:
-                block[n_shingles] = mix64(rolled)
+                block[n_shingles] = mix(rolled)
                 n_shingles += 1
     state[0], state[1], state[2], state[3], state[4] = (
         word,
@@ -321,9 +304,9 @@ def _band_keys(minima: NDArray[np.uint32], keys: UInt64Array) -> None:
     rows = minima.shape[1] // bands if bands > 0 else 0
     for i in range(n_documents):
         for band in range(bands):
-            key = mix64(np.uint64(SEED + band))
+            key = mix(np.uint64(SEED + band))
             for k in range(band * rows, (band + 1) * rows):
-                key = mix64(key ^ np.uint64(minima[i, k]))
+                key = mix(key ^ np.uint64(minima[i, k]))
             keys[i, band] = key
 
 

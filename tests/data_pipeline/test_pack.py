@@ -11,7 +11,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.config import PackSection
-from data_pipeline.encode import ENCODED_FILE, ENCODED_SCHEMA, TOKENS_PREFIX, length_histogram
+from data_pipeline.encode import ENCODED_FILE, ENCODED_SCHEMA, TOKENS_PREFIX
+from data_pipeline.histogram import size_classes
 from data_pipeline.pack import bucket_of, write_packed
 from data_pipeline.pack_plan import slug
 from data_pipeline.shuffle import mix64, order_keys, split_of
@@ -234,4 +235,4 @@ def big_shard(folder: Path, n_documents: int, n_tokens: int) -> Path:
 
 
 def test_lengths_are_counted_by_the_next_power_of_two():
-    assert length_histogram(np.array([1, 2, 3, 4, 5, 8, 9])) == {"1": 1, "2": 1, "4": 2, "8": 2, "16": 1}
+    assert size_classes([1, 2, 3, 4, 5, 8, 9]) == {"1": 1, "2": 1, "4": 2, "8": 2, "16": 1}

@@ -25,7 +25,7 @@ def well(**other: Any) -> dict[str, Any]:
         "hostname_address": "10.0.0.1",
         "python": {"path": "/env/bin/python", "version": "3.11.7"},
         "packages": {"torch": "2.13.0", "deepspeed": "0.19.8", "numpy": "2.3.1"},
-        "source": {"path": "/work/megagpt", "hash": "abc"},
+        "source": {"path": "/opt/megagpt", "hash": "abc"},
         "compiler": "/usr/bin/c++: c++ 12.2.0",
         "ninja": "/env/bin/ninja",
         "locks": [],

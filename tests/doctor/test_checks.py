@@ -21,7 +21,7 @@ def test_a_host_that_is_well_has_no_findings_but_good_ones():
         ("packages", {"packages": well()["packages"] | {"deepspeed": None}}, "deepspeed is not installed", "make"),
         ("packages", {"packages": well()["packages"] | {"numpy": "2.4.0"}}, "numpy 2.4.0", "n1 has numpy 2.3.1"),
         ("megagpt", {"source": None}, "not importable", "same path"),
-        ("megagpt", {"source": {"path": "/work/megagpt", "hash": "xyz"}}, "/work/megagpt is xyz", "n1 has abc"),
+        ("megagpt", {"source": {"path": "/opt/megagpt", "hash": "xyz"}}, "/opt/megagpt is xyz", "n1 has abc"),
         ("compiler", {"compiler": None}, "no C++ compiler", "g++"),
         ("compiler", {"ninja": None}, "no ninja", "pip install ninja"),
         ("op build locks", {"locks": [LOCK]}, "lock (3600 s old)", "rm /ext/py311_cu128/cpu_adam/lock"),
