@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# The first example of a test may compile a kernel or load a library, and machines differ: time limits are pytest's.
+settings.register_profile("megagpt", deadline=None)
+settings.load_profile("megagpt")
 
 # Tests start several processes on few cores; a process that starts more threads than its share slows all of them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
