@@ -1,6 +1,6 @@
 r"""From UTF-8 text to content hash, MinHash signature and LSH band keys, in one compiled pass over the bytes.
 
-    characters   lower case each by itself; runs of `\w` are words, everything else separates
+    characters   lower case each by itself; runs of letters and digits are words, everything else separates
     content      words joined by one space -> xxh3_128; a text without any word: the text itself
     word         FNV-1a over the code points, then mixed
     shingle      polynomial over the last `ngram` words, then mixed
@@ -16,6 +16,7 @@ probability 1 - (1 - s^r)^b.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -35,7 +36,7 @@ Int64Array = NDArray[np.int64]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-DEFINITION = 2
+DEFINITION = 3
 """Number of the definition above; another one gives other hashes."""
 SEED = 0x6D656761677074
 _FNV_OFFSET = np.uint64(0xCBF29CE484222325)
@@ -51,6 +52,18 @@ _SPACE = 32
 def compiled(function: _Function) -> _Function:
     """Compile at the first call and keep the machine code beside the source; the lock of Python is let go."""
     return cast(_Function, numba.njit(cache=True, nogil=True)(function))
+
+
+@functools.cache
+def word_characters() -> NDArray[np.uint32]:
+    r"""By code point: lower case where `\w` matches, but for `_`, and 0 elsewhere; (0x110000,), read only.
+
+    Source: FineWeb was deduplicated with datatrove's TextNormConfig, for which `_` separates words as other signs do.
+    """
+    table = word_lower_case().copy()
+    table[ord("_")] = 0
+    table.flags.writeable = False
+    return table
 
 
 @dataclass(frozen=True)
@@ -93,7 +106,7 @@ class Signer:
     def __init__(self, hasher: MinHasher | None) -> None:
         """Without a hasher, only content hashes and numbers of words are worked out."""
         self._hasher = hasher or MinHasher(ngram=1, bands=0, rows=0)
-        self._table = word_lower_case()
+        self._table = word_characters()
         self._multipliers, self._offsets = self._hasher.functions()
         self._normalised = np.empty(0, np.uint8)
 
@@ -132,7 +145,7 @@ class Signer:
 
 def shingle_set(text: UInt8Array, ngram: int) -> UInt64Array:
     """The distinct shingle hashes of one text of UTF-8 bytes, sorted; empty if it has fewer than `ngram` words."""
-    return np.unique(_all_shingles(text, word_lower_case(), ngram))
+    return np.unique(_all_shingles(text, word_characters(), ngram))
 
 
 def _room_for(n_bytes: int) -> int:
@@ -200,7 +213,7 @@ def _read_words(
     Args:
         text: UTF-8 bytes.
         span: where to go on, where the document ends; one step past its end closes the last word.
-        table: `word_lower_case`.
+        table: `word_characters`.
         state: (5,), zeros at the beginning: hash of the word being read, polynomial over the ring, number of words,
             whether inside a word, slot of the oldest word.
         ring: (ngram,), hashes of the last words; zeros at the beginning.

@@ -17,7 +17,7 @@ _64 = (1 << 64) - 1
 
 def words_of(text: str) -> list[str]:
     lower = "".join({"\u0130": "i", "\u03c2": "\u03c3"}.get(c, c.lower()) for c in text)
-    return re.findall(r"\w+", lower)
+    return re.findall(r"[^\W_]+", lower)
 
 
 def mix(x: int) -> int:
