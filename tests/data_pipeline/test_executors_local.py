@@ -83,10 +83,13 @@ def test_a_task_with_a_poison_file_that_dies_without_a_note_is_given_up(tmp_path
         tasks.run(LocalExecutor(1), tmp_path, [one])
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize(
-    ("what", "message"), [("data", "line 3 is no JSON"), ("disk", r"\[Errno 28\] No space left on device")]
+FULL_DISK = (
+    r"\[Errno 28\] No space left on device; free some space and run the same command again: what was finished is kept"
 )
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(("what", "message"), [("data", "line 3 is no JSON"), ("disk", FULL_DISK)])
 def test_what_the_user_can_mend_names_the_task_and_its_shard(tmp_path: Path, workers: int, what: str, message: str):
     jobs = [tasks.task(0, tasks.fine, 0), tasks.task(1, tasks.says, what)]
     with pytest.raises(DataError, match=rf"^map 000001 \(1\.jsonl\): {message}$"):
