@@ -173,7 +173,13 @@ class ParallelSection(Section):
     tensor: PositiveInt = 1
     """Processes that share each layer's weights (tensor parallelism). Divides `model.n_head`; keep it within a node."""
     pipeline: PositiveInt = 1
-    """Pipeline stages."""
+    """Processes that share the layers (pipeline stages); with `zero_stage` 1 only."""
+    pipeline_schedule: Literal["1f1b", "dualpipev"] = "1f1b"
+    """1f1b: one forward, one backward. dualpipev: each process holds a stage on the way out and one on the way back,
+    which leaves less time idle; needs twice as many micro-batches a step as processes in the pipeline, or more."""
+    pipeline_split: tuple[NonNegativeInt, ...] | None = None
+    """Blocks of each stage, first to last (dualpipev: twice as many numbers as processes, along the V). Without it
+    the stages are balanced by FLOPs, the output head included."""
     sequence: PositiveInt = 1
     """Degree of Ulysses sequence parallelism."""
     tensor_sequence: bool = False

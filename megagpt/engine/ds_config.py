@@ -45,7 +45,8 @@ def ds_config(config: TrainingRun, plan: BatchPlan) -> dict[str, Any]:
             of another precision.
     """
     settings: dict[str, Any] = {
-        "train_batch_size": plan.global_batch_size,
+        # Ulysses' sequence axis is folded into what DeepSpeed takes for data-parallel processes.
+        "train_batch_size": plan.global_batch_size * config.parallel.sequence,
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.grad_accum_steps,
         "gradient_clipping": config.optim.grad_clip,  # DeepSpeed clips at 1.0 where the key is absent
@@ -56,6 +57,10 @@ def ds_config(config: TrainingRun, plan: BatchPlan) -> dict[str, Any]:
         settings[config.train.dtype] = {"enabled": True}
         # By default bf16 accumulates in bf16, and buffers stay in fp32: turned queries would not fit to the values.
         settings["data_types"] = {"grad_accum_dtype": "fp32", "buffer_dtype": config.train.dtype}
+    if config.parallel.pipeline > 1:
+        # By default activations are cut over the tensor group once more on their way, which goes wrong without a word
+        # where the group holds parts of the sequence; and recomputation is the reentrant one.
+        settings["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False}
     for key in config.parallel.extra:
         if key not in EXTRA_KEYS:
             nearest = difflib.get_close_matches(key, EXTRA_KEYS, n=1)

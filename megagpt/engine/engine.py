@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import deepspeed
 import torch
@@ -20,13 +20,18 @@ from megagpt.config.schema import OptimSection, TrainingRun
 from megagpt.engine import slices
 from megagpt.engine.corrections import unname_shared_buffers, unscale_with_the_scale_of_the_step
 from megagpt.engine.ds_config import ds_config
-from megagpt.errors import ConfigError, TrainingDiverged
+from megagpt.errors import ConfigError, DataError, TrainingDiverged
+from megagpt.model.batch import TokenBatch
 from megagpt.model.decoder import Decoder
 from megagpt.parallel.apply_tensor import prepare_parameters
 from megagpt.parallel.mesh import Mesh
 from megagpt.parallel.plan import BatchPlan
 
 _TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class EvaluationBatches(Sized, Iterable[TokenBatch], Protocol):
+    """Batches of the same shape, equally many on every process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +63,10 @@ def init_distributed(timeout: timedelta, *, device_type: Literal["cuda", "cpu"])
 
 
 class Engine:
-    """A model under DeepSpeed.
+    """A model under DeepSpeed. `PipelinedEngine` is the same where the layers are shared out over stages.
 
     Args:
-        model: with its initial weights, on the CPU; the same on every process.
+        model: with its initial weights, on the CPU; the same on every process of a data axis.
         param_groups: torch optimizer groups over the model's parameters.
     """
 
@@ -75,33 +80,36 @@ class Engine:
     ) -> None:
         self.mesh = mesh
         self.plan = plan
+        self.model = model
+        self.dtype = _TORCH_DTYPES[config.train.dtype]
         self._zero_stage = config.parallel.zero_stage
         self._fp16 = config.train.dtype == "fp16"
         _check_dtype(config.train.dtype, mesh.device)
-        self._shards = model.shards
         prepare_parameters(model, model.shards, mesh)
-        self._engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=_adamw(param_groups, config.optim, mesh.device),
-            config=ds_config(config, plan),
-            mpu=mesh.mpu,
-            dist_init_required=False,
-        )
+        self._engine = self._initialize(_adamw(param_groups, config.optim, mesh.device), config)
         if self._fp16:
             unscale_with_the_scale_of_the_step(self._engine.optimizer)
-        self.model: Decoder = self._engine.module
-        self.dtype = _TORCH_DTYPES[config.train.dtype]
+
+    def _initialize(self, optimizer: torch.optim.Optimizer, config: TrainingRun) -> Any:
+        engine, *_ = deepspeed.initialize(
+            model=self.model,
+            optimizer=optimizer,
+            config=ds_config(config, self.plan),
+            mpu=self.mesh.mpu,
+            dist_init_required=False,
+        )
+        return engine
 
     @property
     def optimizer_class(self) -> str:
         """The class that DeepSpeed chose: it decides how gradients are accumulated and sharded."""
         return type(self._engine.optimizer).__name__
 
-    def train_step(self, micro_batches: Sequence[Tensor], lr: float, *, stop: bool = False) -> StepOutcome:
+    def train_step(self, micro_batches: Sequence[TokenBatch], lr: float, *, stop: bool = False) -> StepOutcome:
         """Forward and backward over this process's micro-batches, clip, update.
 
         Args:
-            micro_batches: `grad_accum_steps` tensors (micro_batch_size, seq_len + 1) of token ids.
+            micro_batches: `grad_accum_steps` of `micro_batch_size` sequences.
             lr: learning rate of this step.
             stop: this process was asked to stop; every process learns of it with the loss.
 
@@ -110,48 +118,66 @@ class Engine:
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
+        micro_batches = self._begin(micro_batches)
         self._engine.train()
         nll = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         last = len(micro_batches) - 1
-        for index, tokens in enumerate(micro_batches):
+        for index, batch in enumerate(micro_batches):
             # The engine's own count goes wrong when the batch size changes in mid-run.
             self._engine.set_gradient_accumulation_boundary(index == last)
-            micro_nll = self._nll(tokens)
+            micro_nll = self._nll(batch)
             nll += micro_nll.detach()
             if index == last:
-                total, stops = self.mesh.sum(self._counted_once(float(nll)), float(stop))
-                loss = total / self.plan.tokens_per_step
-                self._check_finite("loss", loss)
+                loss, stop = self._agree(float(nll), stop=stop)
             self._engine.backward(self._weighted(micro_nll))
             if index == last:
                 norm = self._norm_without_zero()
             self._engine.step()
-        return self._outcome(loss, norm, stop=stops > 0)
+        return self._outcome(loss, norm, stop=stop)
 
-    def eval_loss(self, batches: Iterable[tuple[Tensor, int]]) -> tuple[float, int]:
+    def eval_loss(self, batches: EvaluationBatches) -> tuple[float, int]:
         """Mean loss in nats over all processes' batches, and the number of target tokens.
-
-        Args:
-            batches: ((b, seq_len + 1) token ids, how many of its first rows count).
 
         Every process must bring equally many batches: under ZeRO-3 each forward is a collective.
         """
-        nll, tokens = 0.0, 0
+        nll, targets = 0.0, 0
         self._engine.eval()
         with torch.no_grad():
-            for batch, counted in batches:
-                nll += float(self._nll(batch, counted))
-                tokens += batch[:counted, 1:].numel()
-        total_nll, total_tokens = self.mesh.sum(self._counted_once(nll), self._counted_once(tokens))
-        return total_nll / total_tokens, int(total_tokens)
+            for batch in self._shares(batches):
+                nll += float(self._nll(batch))
+                targets += batch.n_targets
+        return self._mean_loss(nll, targets)
+
+    def _begin(self, micro_batches: Sequence[TokenBatch]) -> list[TokenBatch]:
+        """This process's part of each; count the step's targets: every one of them weighs the same in the loss."""
+        shares = self._shares(micro_batches)
+        (total,) = self.mesh.sum(self._counted_once(sum(batch.n_targets for batch in shares)))
+        if total == 0:
+            raise DataError("no target token counts in this step: look at the data of this step")
+        self._targets_per_step = total
+        return shares
+
+    def _shares(self, batches: Iterable[TokenBatch]) -> list[TokenBatch]:
+        return [batch.share(self.mesh.sequence_rank, self.mesh.sequence) for batch in batches]
+
+    def _agree(self, nll: float, *, stop: bool) -> tuple[float, bool]:
+        """The step's loss over all processes, and whether any of them was asked to stop."""
+        total, stops = self.mesh.sum(self._counted_once(nll), float(stop))
+        loss = total / self._targets_per_step
+        self._check_finite("loss", loss)
+        return loss, stops > 0
+
+    def _mean_loss(self, nll: float, targets: int) -> tuple[float, int]:
+        total_nll, total_targets = self.mesh.sum(self._counted_once(nll), self._counted_once(targets))
+        return total_nll / total_targets, int(total_targets)
 
     def owned_slices(self) -> Iterator[TensorSlice]:
         """This process's part of weights and optimizer state, for a checkpoint."""
-        return slices.owned_slices(self._engine, self.mesh, self._shards)
+        return slices.owned_slices(self._engine.optimizer, self.model, self.mesh)
 
     def engine_state(self) -> dict[str, float]:
         """Counters of the optimizer that are no tensors."""
-        state: dict[str, float] = {"adam_step": slices.adam_step(self._engine)}
+        state: dict[str, float] = {"adam_step": slices.adam_step(self._engine.optimizer)}
         if self._fp16:
             state |= self._loss_scaler_state()
         return state
@@ -161,9 +187,9 @@ class Engine:
         reader.check_model(self.logical_shapes())
 
         def read(name: str, kind: str, start: int, numel: int) -> Tensor:
-            return reader.read(name, kind, start, numel, self._shards.get(name))
+            return reader.read(self.model.logical_name(name), kind, start, numel, self.model.shards.get(name))
 
-        slices.restore_slices(self._engine, self.mesh.zero_rank, read, int(state["adam_step"]))
+        slices.restore_slices(self._engine.optimizer, self.model, self.mesh.zero_rank, read, int(state["adam_step"]))
         scaler = self._engine.optimizer.loss_scaler if self._fp16 else None
         if scaler is not None and scaler.dynamic and "scaler_iter" in state:  # a fixed scale is the configuration's
             scaler.cur_scale = state["loss_scale"]
@@ -173,18 +199,21 @@ class Engine:
 
     def logical_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every parameter as if there were one process."""
+        shards = self.model.shards
         return {
-            name: self._shards[name].shape if name in self._shards else tuple(getattr(p, "ds_shape", p.shape))
+            self.model.logical_name(name): shards[name].shape
+            if name in shards
+            else tuple(getattr(p, "ds_shape", p.shape))
             for name, p in self.model.named_parameters()
         }
 
-    def _nll(self, tokens: Tensor, counted: int | None = None) -> Tensor:
-        """Summed negative log-likelihood of tokens[:counted, 1:], nats; of all rows where `counted` is None."""
-        tokens = tokens.to(self.mesh.device, non_blocking=True)
-        return self.model.nll(self._engine(tokens[:, :-1])[:counted], tokens[:counted, 1:])
+    def _nll(self, batch: TokenBatch) -> Tensor:
+        """Summed negative log-likelihood of the batch's targets, nats."""
+        batch = batch.to(self.mesh.device)
+        return self.model.nll(self._engine(batch.inputs), batch.targets)
 
     def _counted_once(self, value: float) -> float:
-        """Every process of a tensor group has the same value: one of them brings it into a sum over all."""
+        """Processes that work on the same samples have the same value: one of them brings it into a sum over all."""
         return value if self.mesh.tensor_rank == 0 else 0.0
 
     def _weighted(self, micro_nll: Tensor) -> Tensor:
@@ -192,8 +221,7 @@ class Engine:
 
         After its mean over processes and micro-batches, each target token of the whole step weighs the same.
         """
-        plan = self.plan
-        return micro_nll * (plan.data_parallel * plan.grad_accum_steps / plan.tokens_per_step)
+        return micro_nll * (self.mesh.zero_parallel * self.plan.grad_accum_steps / self._targets_per_step)
 
     def _norm_without_zero(self) -> float | None:
         """ZeRO-0 clips without telling the norm; gradients are reduced by now, so take it here."""
@@ -203,7 +231,7 @@ class Engine:
         cut: list[Tensor] = []
         for name, parameter in self.model.named_parameters():
             if parameter.grad is not None:
-                is_cut = name in self._shards and self._shards[name].is_cut
+                is_cut = name in self.model.shards and self.model.shards[name].is_cut
                 (cut if is_cut else whole).append(parameter.grad)
         (cut_squared,) = self.mesh.sum_over_tensor(float(torch.nn.utils.get_total_norm(cut)) ** 2)
         return math.hypot(math.sqrt(cut_squared), float(torch.nn.utils.get_total_norm(whole)))

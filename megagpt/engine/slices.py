@@ -9,7 +9,7 @@ part of the tensor that the process's tensor group gave it: offsets are those of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from deepspeed.utils import (
 from torch import Tensor
 
 from megagpt.checkpoint.tensors import MOMENTS, WEIGHT, TensorSlice
+from megagpt.model.decoder import Decoder
 from megagpt.model.layout import Shard
 from megagpt.parallel.mesh import Mesh
 
@@ -30,25 +31,27 @@ Reader = Callable[[str, str, int, int], Tensor]
 """(tensor name, value kind, flat start, numel) -> 1-D fp32 tensor; the start counts in what this process holds."""
 
 
-def owned_slices(engine: Any, mesh: Mesh, shards: Mapping[str, Shard]) -> Iterator[TensorSlice]:
+def owned_slices(optimizer: Any, model: Decoder, mesh: Mesh) -> Iterator[TensorSlice]:
     """Every slice that this process must write, in the model's parameter order.
 
     Args:
-        engine: DeepSpeed's.
+        optimizer: DeepSpeed's.
+        model: the layers that this process holds.
         mesh: this process's place.
-        shards: parameter name -> what this process holds of it; a name that is absent is held whole.
     """
-    _link_optimizer_states(engine.optimizer)
-    for name, parameter in engine.module.named_parameters():
-        shard = shards.get(name)
+    _link_optimizer_states(optimizer)
+    for name, parameter in model.named_parameters():
+        shard = model.shards.get(name)
         if mesh.tensor_rank > 0 and (shard is None or not shard.is_cut):
             continue  # the first of the tensor group writes what all of them hold
+        if model.logical_name(name) != name:
+            continue  # the first stage writes what it shares with the last
         if hasattr(parameter, "ds_tensor"):
             found = _zero3_slice(name, parameter, mesh.zero_rank)
         elif hasattr(parameter, "_hp_mapping"):
             found = _flat_partition_slice(name, parameter)
         else:
-            found = _whole_tensor(name, parameter, engine.optimizer) if mesh.zero_rank == 0 else None
+            found = _whole_tensor(name, parameter, optimizer) if mesh.zero_rank == 0 else None
         if found is not None and shard is not None and shard.is_cut:
             found = _without_padding(found, shard)
         if found is not None:
@@ -64,10 +67,10 @@ def _without_padding(found: TensorSlice, shard: Shard) -> TensorSlice | None:
     return replace(found, shape=shard.shape, values=values, shard=shard)
 
 
-def restore_slices(engine: Any, rank: int, read: Reader, adam_step: int) -> None:
+def restore_slices(optimizer: Any, model: Decoder, rank: int, read: Reader, adam_step: int) -> None:
     """Fill this process's weights and optimizer state from logical tensors, whatever layout wrote them."""
-    _make_optimizer_states(engine.optimizer, adam_step)
-    for name, parameter in engine.module.named_parameters():
+    _make_optimizer_states(optimizer, adam_step)
+    for name, parameter in model.named_parameters():
         if hasattr(parameter, "ds_tensor"):
             _restore_zero3(name, parameter, rank, read)
             continue
@@ -80,15 +83,15 @@ def restore_slices(engine: Any, rank: int, read: Reader, adam_step: int) -> None
                 for kind in MOMENTS:
                     mapping.get_hp_fragment(kind).data.copy_(read(name, kind, start, numel))
         else:
-            state = engine.optimizer.state[parameter]
+            state = optimizer.state[parameter]
             for kind in MOMENTS:
                 state[kind].copy_(read(name, kind, 0, parameter.numel()).view_as(parameter))
 
 
-def adam_step(engine: Any) -> int:
+def adam_step(optimizer: Any) -> int:
     """Updates that Adam has made: the steps of the run less those that were skipped."""
-    inner = _inner_optimizer(engine.optimizer)
-    for flat in _flat_partitions(engine.optimizer):
+    inner = _inner_optimizer(optimizer)
+    for flat in _flat_partitions(optimizer):
         if "step" in inner.state.get(flat, {}):
             return int(inner.state[flat]["step"])
     return 0

@@ -5,7 +5,7 @@ What `forward` runs is what a pipeline cuts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,10 @@ from megagpt.model.layers import Block, Embedding, KVCache
 from megagpt.model.layout import Shard
 from megagpt.model.loss import next_token_nll
 from megagpt.model.rotary import Rotary
+
+EMBEDDING = "embedding.tokens.weight"
+HEAD = "head.weight"
+"""The parameters that a tied head makes one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +31,10 @@ class DecoderSizes:
     d_model: int
     n_kv_head: int
     d_head: int
+
+
+class Elsewhere(nn.Module):
+    """The place of a layer that another stage holds."""
 
 
 class Decoder(nn.Module):
@@ -48,6 +56,8 @@ class Decoder(nn.Module):
         """Parameter name -> the part of it that this process holds; empty where it holds everything."""
         self.nll: Callable[[Tensor, Tensor], Tensor] = next_token_nll
         """(what `forward` gives, targets (B, T)) -> summed negative log-likelihood, nats, fp32."""
+        self.shared_with_other_end: str | None = None
+        """Parameter that the first and the last stage of a pipeline both hold: that of a tied head."""
         self.embedding = embedding
         self.blocks = nn.ModuleList(blocks)
         self.final_norm = final_norm
@@ -58,6 +68,24 @@ class Decoder(nn.Module):
         """Names and layers in the order they run; the index of a layer is the same in every layout."""
         blocks = [(f"blocks.{index}", block) for index, block in enumerate(self.blocks)]
         return [("embedding", self.embedding), *blocks, ("final_norm", self.final_norm), ("head", self.head)]
+
+    def keep_layers(self, kept: Collection[int]) -> None:
+        """Drop every layer but these (indices into `layers()`): what is left is a stage of a pipeline.
+
+        Names stay as they are. A tied head gets a parameter of its own where its embedding is dropped.
+        """
+        has_embedding, has_head = 0 in kept, len(self.blocks) + 2 in kept
+        if self.tied_head and has_embedding != has_head:
+            self.shared_with_other_end = EMBEDDING if has_embedding else HEAD
+            self.head.weight = nn.Parameter(torch.empty_like(self.head.weight))
+        self.tied_head = self.tied_head and has_embedding and has_head
+        for index, (name, _) in enumerate(self.layers()):
+            if index not in kept:
+                self.set_submodule(name, Elsewhere())
+
+    def logical_name(self, name: str) -> str:
+        """The name that a parameter of this process has where there is one process."""
+        return EMBEDDING if name == HEAD == self.shared_with_other_end else name
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, T) int64 -> logits (B, T, V)."""

@@ -87,6 +87,15 @@ def flops_per_token(config: ModelConfig, seq_len: int, attention: AttentionCount
     return 6.0 * matmul_parameter_count(config) + _attention_flops(config, seq_len, attention)
 
 
+def layer_flops(config: ModelConfig, seq_len: int) -> list[float]:
+    """Model FLOPs per token of each layer that a pipeline can cut between: embedding, blocks, final norm, head.
+
+    They add up to `flops_per_token(config, seq_len, "causal")`. A look-up and a norm multiply no matrices.
+    """
+    block = 6.0 * _block_matmul_count(config) + _attention_flops(config, seq_len, "causal") / config.n_layer
+    return [0.0, *[block] * config.n_layer, 0.0, 6.0 * config.vocab_size * config.d_model]
+
+
 def hardware_flops_per_token(
     config: ModelConfig, seq_len: int, recompute: Recompute, attention: AttentionCount = "full"
 ) -> float:

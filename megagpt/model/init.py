@@ -63,7 +63,8 @@ def init_weights(model: Decoder, seed: int) -> None:
             raise ValueError(f"{name} is on the meta device; call model.to_empty(device=...) before init_weights")
         shard = model.shards.get(name)
         shape = shard.shape if shard is not None else parameter.shape
-        value = initial_value(name, shape, seed, rule_for(name, n_layer))
+        logical = model.logical_name(name)
+        value = initial_value(logical, shape, seed, rule_for(logical, n_layer))
         with torch.no_grad():
             parameter.copy_(shard.cut(value) if shard is not None else value)
     model.reset_buffers()

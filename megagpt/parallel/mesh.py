@@ -20,6 +20,9 @@ AXES = ("pipeline", "data", "sequence", "tensor")
 """Slowest first: the ranks of a tensor group follow each other, so that a launcher puts them on one node."""
 
 
+Grid = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+
+
 @dataclass(frozen=True, slots=True)
 class Groups:
     """The process groups that this process belongs to, each along some axes with the others held fixed."""
@@ -29,6 +32,8 @@ class Groups:
     zero: ProcessGroup
     """data x sequence: ZeRO shards over it, and gradients are reduced over it."""
     pipeline: ProcessGroup
+    ends: ProcessGroup | None
+    """The first and the last stage, which both hold a tied head; None on the stages between, or without a pipeline."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,26 +168,37 @@ def make_mesh(rank: int, world_size: int, local_rank: int, device: torch.device,
     if model_parallel > 1:
         grid = rank_grid(world_size, parallel)
         groups = Groups(
-            tensor=_group_along(grid, "tensor"),
-            sequence=_group_along(grid, "sequence"),
-            zero=_group_along(grid, "data", "sequence"),
-            pipeline=_group_along(grid, "pipeline"),
+            tensor=_own(grid, "tensor"),
+            sequence=_own(grid, "sequence"),
+            zero=_own(grid, "data", "sequence"),
+            pipeline=_own(grid, "pipeline"),
+            ends=_group_along(grid[:: len(grid) - 1], "pipeline") if parallel.pipeline > 1 else None,
         )
     return Mesh(rank, world_size, local_rank, device, parallel.tensor, parallel.sequence, parallel.pipeline, groups)
 
 
-def rank_grid(world_size: int, parallel: ParallelSection) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+def rank_grid(world_size: int, parallel: ParallelSection) -> Grid:
     """All ranks, shaped (pipeline, data, sequence, tensor)."""
     pipeline, sequence, tensor = parallel.pipeline, parallel.sequence, parallel.tensor
     return np.arange(world_size).reshape(pipeline, -1, sequence, tensor)
 
 
-def _group_along(grid: np.ndarray[tuple[int, ...], np.dtype[np.int64]], *axes: str) -> ProcessGroup:
-    """This process's group of the ranks that differ on these axes only. All groups are made by all processes."""
+def _own(grid: Grid, *axes: str) -> ProcessGroup:
+    """As `_group_along`, where every process is in the grid."""
+    group = _group_along(grid, *axes)
+    assert group is not None  # noqa: S101
+    return group
+
+
+def _group_along(grid: Grid, *axes: str) -> ProcessGroup | None:
+    """This process's group of the ranks that differ on these axes only; None where the grid does not have it.
+
+    All groups are made by all processes.
+    """
     along = [AXES.index(axis) for axis in axes]
     size = math.prod(grid.shape[axis] for axis in along)
     rows = np.moveaxis(grid, along, range(-len(along), 0)).reshape(-1, size)
-    own: ProcessGroup
+    own: ProcessGroup | None
     own, _ = torch.distributed.new_subgroups_by_enumeration(rows.tolist())  # type: ignore[no-untyped-call]
     return own
 

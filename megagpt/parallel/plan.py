@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from megagpt.config.schema import LlamaModel, TrainingRun
 from megagpt.errors import ConfigError
+from megagpt.parallel.stages import n_parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +91,31 @@ REFUSALS: tuple[Refusal, ...] = (
         "a divisor of model.d_ff for parallel.tensor, or a model.d_ff that is a multiple of it",
     ),
     Refusal(
-        lambda c: c.parallel.pipeline > 1,
-        "parallel.pipeline above 1: this version has no pipeline",
-        "parallel.pipeline=1 with parallel.zero_stage=3, or parallel.zero_stage=2",
+        lambda c: c.parallel.pipeline > 1 and c.parallel.zero_stage > 1,
+        "parallel.zero_stage above 1 with parallel.pipeline above 1: DeepSpeed's pipeline adds up gradients of all "
+        "micro-batches on each process, so that it cannot shard them",
+        "parallel.zero_stage=1, or parallel.pipeline=1",
+    ),
+    Refusal(
+        lambda c: c.parallel.pipeline > 1 and c.parallel.zero_stage == 0 and c.train.dtype == "fp32",
+        "parallel.zero_stage=0 with parallel.pipeline above 1: DeepSpeed 0.19.8 clips by the gradient norm of some "
+        "processes alone",
+        "parallel.zero_stage=1 (the same memory where nothing is data-parallel)",
+    ),
+    Refusal(
+        lambda c: n_parts(c.parallel) > c.model.n_layer,
+        "parallel.pipeline is more than the blocks of the model (with dualpipev: than half of them)",
+        "a parallel.pipeline of at most model.n_layer, or parallel.pipeline_schedule=1f1b",
+    ),
+    Refusal(
+        lambda c: c.parallel.pipeline_split is not None and not _splits_the_blocks(c),
+        "parallel.pipeline_split does not give the model's blocks to as many stages as the pipeline has",
+        "one number a stage that add up to model.n_layer, or leave it out",
+    ),
+    Refusal(
+        lambda c: c.parallel.pipeline_schedule == "dualpipev" and c.parallel.pipeline == 1,
+        "parallel.pipeline_schedule=dualpipev with parallel.pipeline=1: there is no pipeline to schedule",
+        "parallel.pipeline=2 or more, or parallel.pipeline_schedule=1f1b",
     ),
     Refusal(
         lambda c: c.parallel.sequence > 1,
@@ -111,6 +134,11 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
 )
 """What cannot be run, as data: the configuration check, `--check` and the tests read this one table."""
+
+
+def _splits_the_blocks(config: TrainingRun) -> bool:
+    split = config.parallel.pipeline_split or ()
+    return len(split) == n_parts(config.parallel) and sum(split) == config.model.n_layer
 
 
 def _n_kv_head(config: TrainingRun) -> int:
@@ -160,4 +188,11 @@ def plan_batches(config: TrainingRun, world_size: int) -> BatchPlan:
             f"train.global_batch_size ({wanted}) must be a multiple of data-parallel processes ({data_parallel}) "
             f"x train.micro_batch_size ({micro}) = {width}; the nearest that fit: {nearest}"
         )
-    return BatchPlan(data_parallel, micro, wanted // width, config.model.max_seq_len, model_parallel)
+    plan = BatchPlan(data_parallel, micro, wanted // width, config.model.max_seq_len, model_parallel)
+    if config.parallel.pipeline_schedule == "dualpipev" and plan.grad_accum_steps < n_parts(config.parallel):
+        raise ConfigError(
+            f"parallel.pipeline_schedule=dualpipev needs {n_parts(config.parallel)} micro-batches a step or more, and "
+            f"{wanted} sequences / {data_parallel} processes / {micro} a micro-batch = {plan.grad_accum_steps}; "
+            "raise train.global_batch_size, lower train.micro_batch_size, or use parallel.pipeline_schedule=1f1b"
+        )
+    return plan

@@ -29,21 +29,17 @@ from megagpt.engine.engine import Engine, init_distributed
 from megagpt.errors import CheckpointError, MegaGPTError
 from megagpt.lock import locked_folder
 from megagpt.model import flops
-from megagpt.model.build import build_model
-from megagpt.model.init import init_weights
-from megagpt.model.recompute import apply_recompute
-from megagpt.parallel.apply_tensor import apply_tensor_parallel
 from megagpt.parallel.mesh import Mesh, make_mesh
 from megagpt.parallel.plan import BatchPlan, plan_batches
 from megagpt.tokenizer import Tokenizer
 from megagpt.train.batches import TrainBatches, ValidationBatches
+from megagpt.train.build import build_engine
 from megagpt.train.command import USAGE, Launch, parse_arguments
 from megagpt.train.compatible import changed_values, check_resumable, check_tokens
 from megagpt.train.describe import check_run, describe_plan, package_versions
 from megagpt.train.environment import check_rendezvous
 from megagpt.train.loop import Collaborators, train
 from megagpt.train.metrics import JsonlSink, Metrics, Sink, TensorBoardSink, WandbSink
-from megagpt.train.optim import parameter_groups
 from megagpt.train.progress import ProgressLine
 from megagpt.train.schedule import lr_schedule
 from megagpt.train.state import TrainState
@@ -126,7 +122,7 @@ def _train_in_folder(
     if newest is not None and newest.step >= config.train.max_steps:
         console.print(f"{config.run.dir}: complete at step {newest.step}; nothing to do", highlight=False, markup=False)
         return
-    engine = _build_engine(config, plan, mesh)
+    engine = build_engine(config, plan, mesh)
     state = mesh.together(lambda: _restore(engine, store, newest))
     identity = mesh.together(lambda: _identity(config, mixture, tokenizer, mesh))
     changes = _changes(newest, identity)
@@ -197,16 +193,6 @@ def _newest_checkpoint(store: CheckpointStore, config: TrainingRun, mixture: Mix
     manifest = verify_together(store.step_dir(steps[-1]), mesh)
     check_resumable(config, manifest, mixture.fingerprint, store.step_dir(steps[-1]))
     return manifest
-
-
-def _build_engine(config: TrainingRun, plan: BatchPlan, mesh: Mesh) -> Engine:
-    with torch.device("meta"):
-        model = build_model(config.model)
-        apply_tensor_parallel(model, mesh, sequence=config.parallel.tensor_sequence)
-    model = model.to_empty(device="cpu")
-    init_weights(model, config.run.seed)
-    apply_recompute(model, config.train.recompute)
-    return Engine(model, parameter_groups(model, config.optim.weight_decay), config, plan, mesh)
 
 
 def _restore(engine: Engine, store: CheckpointStore, newest: Manifest | None) -> TrainState:

@@ -18,14 +18,10 @@ from megagpt.checkpoint.tensors import SliceReader
 from megagpt.config.schema import TrainingRun
 from megagpt.engine import engine as engine_module
 from megagpt.engine.engine import Engine, init_distributed
-from megagpt.model.build import build_model
-from megagpt.model.init import init_weights
-from megagpt.model.recompute import apply_recompute
-from megagpt.parallel.apply_tensor import apply_tensor_parallel
 from megagpt.parallel.mesh import Mesh, make_mesh
 from megagpt.parallel.plan import plan_batches
 from megagpt.train.batches import TrainBatches
-from megagpt.train.optim import parameter_groups
+from megagpt.train.build import build_engine
 from megagpt.train.schedule import lr_schedule
 from megagpt.train.state import TrainState
 
@@ -112,19 +108,11 @@ def _run_job(job: Job, mesh: Mesh) -> Measured:
 
 
 def _engine(job: Job, mesh: Mesh) -> Engine:
-    config = job.config
-    with torch.device("meta"):
-        model = build_model(config.model)
-        apply_tensor_parallel(model, mesh, sequence=config.parallel.tensor_sequence)
-    model = model.to_empty(device="cpu")
-    init_weights(model, config.run.seed)
-    apply_recompute(model, config.train.recompute)
     correction = engine_module.unscale_with_the_scale_of_the_step
     try:
         if job.uncorrected:
             engine_module.unscale_with_the_scale_of_the_step = lambda optimizer: None
-        groups = parameter_groups(model, config.optim.weight_decay)
-        return Engine(model, groups, config, plan_batches(config, mesh.world_size), mesh)
+        return build_engine(job.config, plan_batches(job.config, mesh.world_size), mesh)
     finally:
         engine_module.unscale_with_the_scale_of_the_step = correction
 

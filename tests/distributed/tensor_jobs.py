@@ -13,15 +13,14 @@ from torch.nn import functional as F
 
 from megagpt.config.schema import TrainingRun
 from megagpt.engine.engine import init_distributed
-from megagpt.model.build import build_model
 from megagpt.model.decoder import Decoder
-from megagpt.model.init import init_weights
 from megagpt.model.loss import IGNORED_TARGET
 from megagpt.model.recompute import apply_recompute
-from megagpt.parallel.apply_tensor import apply_tensor_parallel, prepare_parameters
+from megagpt.parallel.apply_tensor import prepare_parameters
 from megagpt.parallel.cross_entropy import vocab_parallel_nll
 from megagpt.parallel.mesh import Mesh, make_mesh
 from megagpt.parallel.tensor import RankedDropout, vocabulary_shard
+from megagpt.train.build import build_share
 from megagpt.train.loop import seed_random_numbers
 
 
@@ -33,11 +32,7 @@ def join(config: TrainingRun) -> Mesh:
 
 
 def cut_model(config: TrainingRun, mesh: Mesh) -> Decoder:
-    with torch.device("meta"):
-        model = build_model(config.model)
-        apply_tensor_parallel(model, mesh, sequence=config.parallel.tensor_sequence)
-    model = model.to_empty(device="cpu")
-    init_weights(model, config.run.seed)
+    model = build_share(config, mesh)
     prepare_parameters(model, model.shards, mesh)
     return model
 

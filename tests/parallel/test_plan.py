@@ -67,7 +67,11 @@ REFUSED = {
     "parallel.tensor and model.n_kv_head": (*LLAMA, "model.n_head=12", "model.n_kv_head=6", "parallel.tensor=4"),
     "parallel.tensor does not divide the channels": (*LLAMA, "model.n_kv_head=1", "parallel.tensor=4"),
     "parallel.tensor does not divide model.d_ff": (*LLAMA, "model.d_ff=37", "parallel.tensor=2"),
-    "parallel.pipeline above 1": ("parallel.pipeline=2",),
+    "parallel.zero_stage above 1 with parallel.pipeline": ("parallel.pipeline=2", "parallel.zero_stage=2"),
+    "parallel.zero_stage=0 with parallel.pipeline": ("parallel.pipeline=2", "parallel.zero_stage=0"),
+    "parallel.pipeline is more than the blocks": ("parallel.pipeline=4",),
+    "parallel.pipeline_split does not": ("parallel.pipeline=2", "parallel.pipeline_split=[1,2]"),
+    "parallel.pipeline_schedule=dualpipev with": ("parallel.pipeline_schedule=dualpipev",),
     "parallel.sequence above 1": ("parallel.sequence=2",),
     "parallel.tensor_sequence with parallel.tensor=1": ("parallel.tensor_sequence=true",),
     "parallel.tensor_sequence: parallel.tensor does not divide model.max_seq_len": (
@@ -95,8 +99,8 @@ def test_every_refusal_is_among_the_tested_ones(config):
 
 
 def test_several_refusals_are_told_at_once(config):
-    with pytest.raises(ConfigError, match=r"model.n_head(.|\n)*parallel.pipeline above 1"):
-        check_layout(config("parallel.tensor=3", "parallel.pipeline=2"))
+    with pytest.raises(ConfigError, match=r"model.n_head(.|\n)*parallel.zero_stage above 1"):
+        check_layout(config("parallel.tensor=3", "parallel.pipeline=2", "parallel.zero_stage=3"))
 
 
 def test_zero_0_in_fp32_and_every_other_stage_in_every_precision_are_allowed(config):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from megagpt.data.mixture import open_mixture
+from megagpt.model.loss import IGNORED_TARGET
 from megagpt.parallel.mesh import Mesh
 from megagpt.parallel.plan import BatchPlan
 from megagpt.train.batches import TrainBatches, ValidationBatches
@@ -17,7 +18,13 @@ def mesh(rank, world_size):
 
 
 def rows_of(batches):
-    return sorted(tuple(row) for batch in batches for row in batch.tolist())
+    """Rows that count, with the target after the last input."""
+    return sorted(
+        (*row, targets[-1])
+        for batch in batches
+        for row, targets in zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True)
+        if targets[-1] != IGNORED_TARGET
+    )
 
 
 @pytest.mark.parametrize(
@@ -29,8 +36,8 @@ def test_a_step_holds_the_same_samples_in_every_layout(world_size, micro, accumu
     for step in (0, 3):
         found = [TrainBatches(mixture, plan, mesh(rank, world_size)).step(step) for rank in range(world_size)]
         for batches in found:
-            assert [tuple(batch.shape) for batch in batches] == [(micro, SEQ + 1)] * accumulation
-            assert {batch.dtype for batch in batches} == {torch.int64}
+            assert [tuple(batch.inputs.shape) for batch in batches] == [(micro, SEQ)] * accumulation
+            assert {(batch.inputs.dtype, batch.targets.dtype) for batch in batches} == {(torch.int64, torch.int64)}
         expected = sorted(tuple(mixture.sample(index).tolist()) for index in range(8 * step, 8 * step + 8))
         assert rows_of(batch for batches in found for batch in batches) == expected
 
@@ -44,7 +51,7 @@ def test_validation_covers_the_same_sequences_every_time_and_in_every_layout(wor
     ]
     assert counted_rows(shared) == counted_rows([alone])
     assert counted_rows([alone]) == counted_rows([alone])
-    assert len({len(list(one)) for one in shared}) == 1  # under ZeRO-3 each forward is a collective
+    assert len({(len(one), len(list(one))) for one in shared}) == 1  # under ZeRO-3 each forward is a collective
 
 
 @pytest.mark.parametrize("sequences", [1, 7])
@@ -53,14 +60,15 @@ def test_sequences_that_do_not_divide_all_count_once_in_equally_many_batches(seq
     shared = [ValidationBatches(val_tokens, sequences, BatchPlan(3, 2, 1, SEQ), mesh(rank, 3)) for rank in range(3)]
     assert counted_rows(shared) == counted_rows([alone])
     assert len(counted_rows(shared)) == sequences
-    assert len({tuple(len(batch) for batch, _ in one) for one in shared}) == 1
+    assert len({tuple(batch.inputs.shape for batch in one) for one in shared}) == 1
 
 
 def counted_rows(processes):
-    return rows_of(batch[:counted] for one in processes for batch, counted in one)
+    return rows_of(batch for one in processes for batch in one)
 
 
 def test_inputs_and_targets_are_shifted_by_one_in_the_file(val_tokens):
-    ((batch, _), *_) = ValidationBatches(val_tokens, 1, BatchPlan(1, 4, 1, SEQ), mesh(0, 1))
+    (batch, *_) = ValidationBatches(val_tokens, 1, BatchPlan(1, 4, 1, SEQ), mesh(0, 1))
     raw = np.fromfile(val_tokens.with_name(val_tokens.name + ".bin"), dtype="<u2")
-    assert batch[0].tolist() == raw[: SEQ + 1].tolist()
+    assert batch.inputs[0].tolist() == raw[:SEQ].tolist()
+    assert batch.targets[0].tolist() == raw[1 : SEQ + 1].tolist()

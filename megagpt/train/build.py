@@ -1,0 +1,41 @@
+"""Configuration and mesh -> an engine with its initial weights: what each kind of parallelism does to the model."""
+
+from __future__ import annotations
+
+import torch
+
+from megagpt.config.schema import TrainingRun
+from megagpt.engine.engine import Engine
+from megagpt.engine.pipeline import PipelinedEngine
+from megagpt.model.build import build_model
+from megagpt.model.decoder import Decoder
+from megagpt.model.init import init_weights
+from megagpt.model.recompute import apply_recompute
+from megagpt.parallel.apply_tensor import apply_tensor_parallel
+from megagpt.parallel.mesh import Mesh
+from megagpt.parallel.plan import BatchPlan
+from megagpt.parallel.stages import own_layers
+from megagpt.train.optim import parameter_groups
+
+
+def build_engine(config: TrainingRun, plan: BatchPlan, mesh: Mesh) -> Engine:
+    """The engine of this process. Every process of the world calls it."""
+    model = build_share(config, mesh)
+    apply_recompute(model, config.train.recompute)
+    engine = PipelinedEngine if mesh.pipeline > 1 else Engine
+    return engine(model, parameter_groups(model, config.optim.weight_decay), config, plan, mesh)
+
+
+def build_share(config: TrainingRun, mesh: Mesh) -> Decoder:
+    """What this process holds of the model, with its initial weights, on the CPU.
+
+    It is cut while it is on the meta device, so that no process ever holds a weight that it does not need.
+    """
+    with torch.device("meta"):
+        model = build_model(config.model)
+        apply_tensor_parallel(model, mesh, sequence=config.parallel.tensor_sequence)
+        if mesh.pipeline > 1:
+            model.keep_layers(own_layers(config, mesh.pipeline_rank))
+    model = model.to_empty(device="cpu")
+    init_weights(model, config.run.seed)
+    return model
