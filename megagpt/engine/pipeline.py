@@ -33,8 +33,7 @@ class PipelinedEngine(Engine):
 
     def _initialize(self, optimizer: torch.optim.Optimizer, config: TrainingRun) -> Any:
         self._is_v = config.parallel.pipeline_schedule == "dualpipev"
-        self._parts = n_parts(config.parallel)
-        self._computes_loss = self._parts - 1 in held_parts(config.parallel, self.mesh.pipeline_rank)
+        self._computes_loss = n_parts(config.parallel) - 1 in held_parts(config.parallel, self.mesh.pipeline_rank)
         for name, parameter in self.model.named_parameters():
             # Of what two stages hold, DeepSpeed's gradient norm counts the first stage's.
             parameter.ds_pipe_replicated = self.model.logical_name(name) != name  # type: ignore[attr-defined]
@@ -73,18 +72,23 @@ class PipelinedEngine(Engine):
         return self._outcome(self._mean, None, stop=self._stop)
 
     def eval_loss(self, batches: EvaluationBatches) -> tuple[float, int]:
-        """As its base, all batches in one sweep through the stages."""
+        """As its base; the batches go through the stages one behind the other."""
         chosen = self._shares(batches)
         targets = sum(batch.n_targets for batch in chosen)
-        least = self._parts if self._is_v else 1
+        # DualPipeV's engine finds its buffers by the number of micro-batches of a training step, whatever it is told.
+        sweep = self.plan.grad_accum_steps if self._is_v else len(chosen)
         nothing = replace(chosen[0], targets=torch.full_like(chosen[0].targets, IGNORED_TARGET))
-        chosen += [nothing] * max(0, least - len(chosen))
+        chosen += [nothing] * (-len(chosen) % sweep)
         self._targets_per_step = 1.0
         self._nll_of_step = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         self._engine.reset_activation_shape()
-        self._engine.eval_batch(
-            _for_both_ends(chosen), reduce_output=None, bcast_loss=False, num_micro_batches=len(chosen)
-        )
+        for start in range(0, len(chosen), sweep):
+            self._engine.eval_batch(
+                _for_both_ends(chosen[start : start + sweep]),
+                reduce_output=None,
+                bcast_loss=False,
+                num_micro_batches=sweep,
+            )
         self._engine.reset_activation_shape()
         return self._mean_loss(float(self._nll_of_step), targets)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -18,9 +19,10 @@ from megagpt.checkpoint.tensors import SliceReader
 from megagpt.config.schema import TrainingRun
 from megagpt.engine import engine as engine_module
 from megagpt.engine.engine import Engine, init_distributed
+from megagpt.model.batch import TokenBatch
 from megagpt.parallel.mesh import Mesh, make_mesh
 from megagpt.parallel.plan import plan_batches
-from megagpt.train.batches import TrainBatches
+from megagpt.train.batches import TrainBatches, ValidationBatches
 from megagpt.train.build import build_engine
 from megagpt.train.schedule import lr_schedule
 from megagpt.train.state import TrainState
@@ -40,6 +42,10 @@ class Job:
     """Folder of a store to save into at once after loading."""
     save: Path | None = None
     """Folder of a store to save into at the end."""
+    save_first: Path | None = None
+    """Folder of a store to save into after the first step."""
+    evaluate: Path | None = None
+    """Validation tokens to take the loss on at the end."""
     uncorrected: bool = False
     """Without megagpt/engine/corrections.py."""
     swap_micro_batch: int | None = None
@@ -56,6 +62,9 @@ class Measured:
     loss_scales: list[float | None] = field(default_factory=list)
     engine_state: dict[str, float] = field(default_factory=dict)
     optimizer: str = ""
+    samples: list[str] = field(default_factory=list)
+    """A hash of each step's samples in their order, over all processes."""
+    val_loss: tuple[float, int] | None = None
 
 
 def run_jobs(jobs: list[Job], out: Path) -> None:
@@ -97,14 +106,26 @@ def _run_job(job: Job, mesh: Mesh) -> Measured:
             micro_batches[job.swap_micro_batch] = batches.step(state.step + 1)[job.swap_micro_batch]
         outcome = engine.train_step(micro_batches, schedule(state.step))
         state = state.after_step(plan.tokens_per_step, skipped=outcome.skipped)
+        if job.save_first is not None and len(measured.losses) == 0:
+            _save(job, job.save_first, engine, state)
+        measured.samples.append(_hash_of_samples(micro_batches, mesh))
         measured.losses.append(outcome.loss)
         measured.grad_norms.append(outcome.grad_norm)
         measured.skipped.append(outcome.skipped)
         measured.loss_scales.append(outcome.loss_scale)
     measured.engine_state = engine.engine_state()
+    if job.evaluate is not None:
+        measured.val_loss = engine.eval_loss(ValidationBatches(job.evaluate, 11, plan, mesh))
     if job.save is not None:
         _save(job, job.save, engine, state)
     return measured
+
+
+def _hash_of_samples(micro_batches: list[TokenBatch], mesh: Mesh) -> str:
+    own = (mesh.data_parallel_rank, [batch.inputs.numpy().tobytes() for batch in micro_batches])
+    by_rank = dict(mesh.gather(own))
+    in_order = [by_rank[rank][micro] for micro in range(len(micro_batches)) for rank in sorted(by_rank)]
+    return hashlib.sha256(b"".join(in_order)).hexdigest()
 
 
 def _engine(job: Job, mesh: Mesh) -> Engine:
