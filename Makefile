@@ -1,6 +1,7 @@
 # make quickstart   environment, data, tokenizer, training, evaluation, report: the real programs, small sizes
 # make test         environment if missing, then the whole test suite
-# make test-faults  the tests that take long: a kill at every call that changes a file, every parallel layout, Slurm
+# make test-matrix  every parallel layout up to eight processes against a plain loop
+# make test-faults  the tests that take long: a kill at every call that changes a file, checkpoints between all places, Slurm
 # make install      the environment that both use: .venv
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export PATH := $(abspath $(BIN)):$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 
-.PHONY: install quickstart test test-fast test-faults lint format clean
+.PHONY: install quickstart test test-fast test-matrix test-faults lint format clean
 
 install: $(VENV)/.installed
 
@@ -38,8 +39,11 @@ test: install lint
 test-fast: install
 	$(BIN)/python -m pytest -m 'not slow and not exhaustive'
 
+test-matrix: install
+	$(BIN)/python -m pytest -m exhaustive tests/distributed/test_matrix.py --log-cli-level=INFO
+
 test-faults: install
-	$(BIN)/python -m pytest -m exhaustive
+	$(BIN)/python -m pytest -m exhaustive --ignore tests/distributed/test_matrix.py
 
 lint: install
 	$(BIN)/ruff check .

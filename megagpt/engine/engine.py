@@ -20,6 +20,7 @@ from megagpt.config.schema import OptimSection, TrainingRun
 from megagpt.engine import slices
 from megagpt.engine.corrections import unname_shared_buffers, unscale_with_the_scale_of_the_step
 from megagpt.engine.ds_config import ds_config
+from megagpt.engine.replicas import check_replicas
 from megagpt.errors import ConfigError, DataError, TrainingDiverged
 from megagpt.model.batch import TokenBatch
 from megagpt.model.decoder import Decoder
@@ -170,6 +171,14 @@ class Engine:
     def _mean_loss(self, nll: float, targets: int) -> tuple[float, int]:
         total_nll, total_targets = self.mesh.sum(self._counted_once(nll), self._counted_once(targets))
         return total_nll / total_targets, int(total_targets)
+
+    def check_replicas(self) -> None:
+        """Compare the weights of processes that must hold the same.
+
+        Raises:
+            TrainingDiverged: on every process, naming what differs.
+        """
+        check_replicas(self.model, self.mesh, cut_over_data=self._zero_stage == 3)
 
     def owned_slices(self) -> Iterator[TensorSlice]:
         """This process's part of weights and optimizer state, for a checkpoint."""

@@ -83,6 +83,7 @@ def _due(step: int, every: int) -> bool:
 
 
 def _save(state: TrainState, use: Collaborators) -> None:
+    use.engine.check_replicas()
     use.save(replace(state, engine=use.engine.engine_state()))
 
 

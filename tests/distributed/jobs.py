@@ -19,6 +19,7 @@ from megagpt.checkpoint.tensors import SliceReader
 from megagpt.config.schema import TrainingRun
 from megagpt.engine import engine as engine_module
 from megagpt.engine.engine import Engine, init_distributed
+from megagpt.errors import TrainingDiverged
 from megagpt.model.batch import TokenBatch
 from megagpt.parallel.mesh import Mesh, make_mesh
 from megagpt.parallel.plan import plan_batches
@@ -47,7 +48,7 @@ class Job:
     evaluate: Path | None = None
     """Validation tokens to take the loss on at the end."""
     uncorrected: bool = False
-    """Without megagpt/engine/corrections.py."""
+    """Without megagpt/engine/corrections.py, and without the sum of a tied head's gradients."""
     swap_micro_batch: int | None = None
     """In every step, take the next step's micro-batch of this index instead of one's own."""
 
@@ -65,6 +66,8 @@ class Measured:
     samples: list[str] = field(default_factory=list)
     """A hash of each step's samples in their order, over all processes."""
     val_loss: tuple[float, int] | None = None
+    differing: str | None = None
+    """What the comparison of replicas said at the end."""
 
 
 def run_jobs(jobs: list[Job], out: Path) -> None:
@@ -116,6 +119,10 @@ def _run_job(job: Job, mesh: Mesh) -> Measured:
     measured.engine_state = engine.engine_state()
     if job.evaluate is not None:
         measured.val_loss = engine.eval_loss(ValidationBatches(job.evaluate, 11, plan, mesh))
+    try:
+        engine.check_replicas()
+    except TrainingDiverged as error:
+        measured.differing = str(error)
     if job.save is not None:
         _save(job, job.save, engine, state)
     return measured
@@ -133,9 +140,12 @@ def _engine(job: Job, mesh: Mesh) -> Engine:
     try:
         if job.uncorrected:
             engine_module.unscale_with_the_scale_of_the_step = lambda optimizer: None
-        return build_engine(job.config, plan_batches(job.config, mesh.world_size), mesh)
+        engine = build_engine(job.config, plan_batches(job.config, mesh.world_size), mesh)
     finally:
         engine_module.unscale_with_the_scale_of_the_step = correction
+    if job.uncorrected:
+        engine._add_up_tied_gradients = lambda engine: None
+    return engine
 
 
 def _mixture(config: TrainingRun):

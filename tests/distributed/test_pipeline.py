@@ -66,6 +66,8 @@ def measured(where, configured, val_tokens) -> dict[str, Measured]:
         (one, Job(one.name, configured(one), STEPS, save_first=where / one.name, evaluate=val_tokens))
         for one in FAST + LOW_PRECISION
     ]
+    tied = FAST[0]
+    jobs.append((tied, Job("untied", configured(tied), 2, uncorrected=True)))
     jobs.append((SPLIT, Job("split", configured(SPLIT, "parallel.pipeline_split=[1,3]"), STEPS)))
     swapped = configured(SWAPPED)
     jobs += [(SWAPPED, Job(f"swapped-{index}", swapped, 1, swap_micro_batch=index)) for index in (None, 0, 1, 2, 3)]
@@ -101,6 +103,11 @@ def test_every_micro_batch_reaches_the_update(measured):
     for index in range(4):
         swapped = measured[f"swapped-{index}"]
         assert relative(swapped.losses + swapped.grad_norms, whole.losses + whole.grad_norms) > 1e-3
+
+
+def test_copies_of_a_tied_head_stay_equal_and_are_told_where_they_do_not(measured):
+    assert {measured[one.name].differing for one in FAST + LOW_PRECISION} == {None}
+    assert "embedding.tokens.weight of rank 1 and of rank 0" in measured["untied"].differing
 
 
 def test_initial_weights_are_those_of_one_process_bit_for_bit(measured, where, configured):

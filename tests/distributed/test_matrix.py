@@ -1,0 +1,173 @@
+"""Every allowed layout up to eight processes trains as one process without DeepSpeed does.
+
+`make test-matrix` runs all of it. What is allowed is asked of the product's own table; which accumulation and which
+recomputation a layout gets goes round, so that all pairs come up.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from itertools import cycle, product
+
+import pytest
+import torch
+
+from megagpt.errors import ConfigError
+from megagpt.model.build import build_model
+from megagpt.model.init import init_weights
+from megagpt.parallel.plan import plan_batches
+from tests.distributed.jobs import Job, Measured
+from tests.distributed.layouts import (
+    BATCH,
+    STEPS,
+    Layout,
+    check_first_gradients,
+    logical_tensors,
+    measure,
+    relative,
+)
+from tests.reference_loop import Curve, reference_run
+from tests.tiny import run_config
+
+LOG = logging.getLogger(__name__)
+MOST_PROCESSES = 8
+FAMILIES = ("gpt2", "llama")
+
+pytestmark = [pytest.mark.exhaustive, pytest.mark.timeout(2400)]
+
+
+def configuration(layout, where, tokens):
+    return run_config(where / "unused", tokens, *layout.words(), family=layout.family)
+
+
+def is_allowed(layout, where, tokens) -> bool:
+    try:
+        plan_batches(configuration(layout, where, tokens), layout.world_size)
+    except ConfigError:
+        return False
+    return True
+
+
+def every_layout(where, tokens):
+    """All that the table allows, in fp32; then each way of cutting the model once in bf16."""
+    extras = cycle(product((1, 4), ("none", "selective", "full")))
+    found = []
+    axes = product(FAMILIES, (1, 2, 4), (1, 2), (1, 2), (1, 2, 4), (0, 1, 2, 3), (False, True))
+    for family, pipeline, data, sequence, tensor, zero, tensor_sequence in axes:
+        layout = Layout(
+            family=family,
+            pipeline=pipeline,
+            data=data,
+            sequence=sequence,
+            tensor=tensor,
+            zero=zero,
+            tensor_sequence=tensor_sequence,
+        )
+        if layout.world_size <= MOST_PROCESSES and is_allowed(layout, where, tokens):
+            accumulation, recompute = next(extras)
+            found.append(replace(layout, accumulation=accumulation, recompute=recompute))
+    vs = [
+        replace(layout, schedule="dualpipev", accumulation=BATCH // layout.data)
+        for layout in found
+        if layout.pipeline == 2
+    ]
+    found += [layout for layout in vs if is_allowed(layout, where, tokens)]
+    by_cut = {(one.family, one.degrees, one.tensor_sequence, one.zero, one.schedule): one for one in found if one.zero}
+    found += [replace(layout, dtype="bf16") for layout in by_cut.values()]
+    return found
+
+
+@pytest.fixture(scope="module")
+def where(tmp_path_factory):
+    return tmp_path_factory.mktemp("matrix")
+
+
+@pytest.fixture(scope="module")
+def layouts(where, tokens) -> list[Layout]:
+    return every_layout(where, tokens)
+
+
+@pytest.fixture(scope="module")
+def references(where, tokens) -> dict[str, Curve]:
+    return {one: reference_run(configuration(Layout(family=one), where, tokens), STEPS) for one in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def measured(layouts, where, tokens) -> dict[str, Measured]:
+    jobs = []
+    for layout in layouts:
+        first = where / layout.name if layout.dtype == "fp32" else None
+        initial = where / f"initial-{layout.name}" if layout.dtype == "fp32" else None
+        job = Job(layout.name, configuration(layout, where, tokens), STEPS, save_loaded=initial, save_first=first)
+        jobs.append((layout, job))
+    return measure(jobs, where, 2300)
+
+
+def failures(layouts, looks_right):
+    """Names of the layouts that are not as they should be: all of them are told, not the first."""
+    return [layout.name for layout in layouts if not looks_right(layout)]
+
+
+def test_all_pairs_of_choices_come_up(layouts):
+    keys = ("pipeline", "sequence", "tensor", "zero", "tensor_sequence")
+    for key, extra in product(keys, ("accumulation", "recompute")):
+        for family in FAMILIES:
+            mine = [one for one in layouts if one.family == family]
+            pairs = {(getattr(one, key), getattr(one, extra)) for one in mine if one.schedule == "1f1b"}
+            expected = set(product({getattr(one, key) for one in mine}, {getattr(one, extra) for one in mine
+                                                                         if one.schedule == "1f1b"}))  # fmt: skip
+            assert pairs == expected, (family, key, extra)
+
+
+def test_loss_and_gradient_norm_equal_the_plain_loop(layouts, measured, references):
+    fp32 = [layout for layout in layouts if layout.dtype == "fp32"]
+    worst = {
+        layout.name: max(
+            relative(measured[layout.name].losses, references[layout.family].losses),
+            relative(measured[layout.name].grad_norms, references[layout.family].grad_norms),
+        )
+        for layout in fp32
+    }
+    LOG.info("%d layouts, largest relative difference %.2g", len(fp32), max(worst.values()))
+    assert {name: value for name, value in worst.items() if not value < 1e-5} == {}
+
+
+def test_bf16_stays_within_two_thousandths(layouts, measured, references):
+    bf16 = [layout for layout in layouts if layout.dtype == "bf16"]
+    worst = {one.name: relative(measured[one.name].losses, references[one.family].losses) for one in bf16}
+    LOG.info("%d layouts in bf16, largest relative difference %.2g", len(bf16), max(worst.values()))
+    assert {name: value for name, value in worst.items() if not 1e-6 < value < 2e-3} == {}
+
+
+def test_every_gradient_of_the_first_step_equals_the_plain_loops(layouts, measured, references, where, tokens):
+    for layout in layouts:
+        if layout.dtype == "fp32":
+            assert layout.name in measured
+            beta1 = configuration(layout, where, tokens).optim.betas[0]
+            check_first_gradients(where / layout.name, references[layout.family].first_gradients, beta1)
+
+
+def test_initial_weights_are_the_same_bit_for_bit(layouts, measured, where, tokens):
+    expected = {}
+    for family in FAMILIES:
+        config = configuration(Layout(family=family), where, tokens)
+        expected[family] = build_model(config.model)
+        init_weights(expected[family], config.run.seed)
+
+    def looks_right(layout):
+        found = logical_tensors(where / f"initial-{layout.name}", 0)
+        return all(torch.equal(found[f"{name}|weight"], p) for name, p in expected[layout.family].named_parameters())
+
+    fp32 = [layout for layout in layouts if layout.dtype == "fp32" and layout.name in measured]
+    assert failures(fp32, looks_right) == []
+
+
+def test_the_samples_are_the_same_in_the_same_order(layouts, measured):
+    orders = {tuple(measured[layout.name].samples) for layout in layouts}
+    assert len(orders) == 1
+    assert len(set(orders.pop())) == STEPS
+
+
+def test_replicas_are_equal_at_the_end(layouts, measured):
+    assert failures(layouts, lambda layout: measured[layout.name].differing is None) == []
