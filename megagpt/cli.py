@@ -15,6 +15,7 @@ import click
 from megagpt import __version__
 from megagpt.cli_base import PATH, WITH_EXTRA_WORDS, Commands, configs_folder, examples
 from megagpt.cli_data import bench, data
+from megagpt.cli_generate import generate
 from megagpt.errors import CheckpointError
 
 
@@ -26,6 +27,7 @@ def main() -> None:
 
 main.add_command(data)
 main.add_command(bench)
+main.add_command(generate)
 
 
 @main.command(
@@ -204,34 +206,6 @@ def report(run_dir: Path, samples: bool) -> None:  # noqa: FBT001
             click.secho(f"no samples: {error}", err=True)
     for path in write_run_report(run_dir):
         click.echo(path)
-
-
-@main.command(
-    **examples(
-        "megagpt generate --checkpoint runs/quickstart --prompt 'Return the'",
-        "megagpt generate --checkpoint runs/quickstart --prompt 'The module' --temperature 0.8 --top-p 0.95 --seed 1",
-    ),
-)
-@click.option("--checkpoint", type=PATH, required=True, help="A run (its newest checkpoint), or one step's folder.")
-@click.option(
-    "--prompt", "prompts", multiple=True, required=True, help="Text to go on from; may be given several times."
-)
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Tokens to add.")
-@click.option(
-    "--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 takes the likeliest token."
-)
-@click.option("--top-k", type=click.IntRange(min=1), help="Sample among the k likeliest tokens.")
-@click.option(
-    "--top-p", type=click.FloatRange(min=0, max=1, min_open=True), help="Sample within this probability mass."
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the sampling.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
-def generate(prompts: tuple[str, ...], **options: Any) -> None:
-    """Let a checkpoint go on from a prompt."""
-    from megagpt.generate import generate_text
-
-    for text in generate_text(prompts=prompts, **options):
-        click.echo(text)
 
 
 @main.group(cls=Commands)

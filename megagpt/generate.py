@@ -14,10 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megagpt.checkpoint.open import open_checkpoint
+from megagpt.checkpoint.open import Checkpoint, open_checkpoint
 from megagpt.errors import ConfigError
 from megagpt.model.decoder import Decoder
+from megagpt.parallel.decode import ParallelDecoder
 from megagpt.tokenizer import Tokenizer
+
+Model = Decoder | ParallelDecoder
+"""Whole, or shared by several processes which all generate the same."""
 
 OnToken = Callable[[int, int], bool | None]
 """Called with (row, token) as soon as a token is known; True ends that row after it."""
@@ -47,7 +51,7 @@ class Sampling:
 
 
 def generate(
-    model: Decoder,
+    model: Model,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     sampling: Sampling | None = None,
@@ -94,7 +98,7 @@ def generate_text(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
-    device: str = "cpu",
+    load: Callable[[Checkpoint], Model] = Checkpoint.load_model,
 ) -> list[str]:
     """Continue texts with the model and the tokenizer of a checkpoint; what `megagpt generate` runs.
 
@@ -103,11 +107,11 @@ def generate_text(
     """
     opened = open_checkpoint(checkpoint)
     sampling = Sampling(temperature, top_k, top_p, seed)
-    return continue_texts(opened.load_model(device=device), opened.tokenizer(), prompts, max_new_tokens, sampling)
+    return continue_texts(load(opened), opened.tokenizer(), prompts, max_new_tokens, sampling)
 
 
 def continue_texts(
-    model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: int, sampling: Sampling | None = None
+    model: Model, tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: int, sampling: Sampling | None = None
 ) -> list[str]:
     """Each prompt with what follows it, up to the end of the text or `max_new_tokens`.
 
@@ -121,10 +125,10 @@ def continue_texts(
 
 
 def _decode(
-    model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, chooser: _Chooser, recorder: _Recorder
+    model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int, chooser: _Chooser, recorder: _Recorder
 ) -> None:
     """The loop: one pass over the prompts, then one token a row, until no row is left."""
-    device = model.embedding.tokens.weight.device
+    device = model.device
     rows = list(range(len(prompts)))
     lengths = [len(prompt) for prompt in prompts]
     width = max(lengths)
@@ -200,7 +204,7 @@ def _row_seed(seed: int, row: int) -> int:
     return int.from_bytes(digest[:8], "little", signed=True)
 
 
-def _check_prompts(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def _check_prompts(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     vocab_size, max_seq_len = model.sizes.vocab_size, model.sizes.max_seq_len
     if max_new_tokens < 0:
         raise ConfigError(f"max_new_tokens {max_new_tokens} must be 0 or above")

@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from megagpt.checkpoint.store import CheckpointStore, Manifest, verify_checkpoint
-from megagpt.checkpoint.tensors import SliceReader
+from megagpt.checkpoint.tensors import WEIGHT, SliceReader
 from megagpt.config.schema import GPT2Model, LlamaModel, TrainingRun
 from megagpt.errors import CheckpointError
 from megagpt.model.build import build_model
@@ -61,12 +61,18 @@ class Checkpoint:
         """The model with these weights, in evaluation mode; memory is the model's plus one tensor."""
         with torch.device("meta"):
             model = build_model(self.model_config)
-        model = model.to_empty(device=device).to(dtype)
-        with SliceReader(rank_files(self.path, self.manifest)) as reader:
-            reader.check_model({name: tuple(p.shape) for name, p in model.named_parameters()})
-            with torch.no_grad():
-                for name, parameter in model.named_parameters():
-                    parameter.copy_(reader.read_whole(name))
+        return self.fill(model.to_empty(device=device).to(dtype))
+
+    def fill(self, model: Decoder) -> Decoder:
+        """Give a model, or the share of it that a process holds, these weights; in evaluation mode."""
+        with torch.device("meta"):
+            whole = build_model(self.model_config)
+        with SliceReader(rank_files(self.path, self.manifest)) as reader, torch.no_grad():
+            reader.check_model({name: tuple(p.shape) for name, p in whole.named_parameters()})
+            for name, parameter in model.named_parameters():
+                shard = model.shards.get(name)
+                values = reader.read(model.logical_name(name), WEIGHT, 0, parameter.numel(), shard)
+                parameter.copy_(values.view_as(parameter))
         model.reset_buffers()
         return model.eval()
 

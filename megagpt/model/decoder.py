@@ -101,6 +101,11 @@ class Decoder(nn.Module):
             x = layer(x)
         return x
 
+    @property
+    def device(self) -> torch.device:
+        """Where tokens must be."""
+        return self.embedding.tokens.weight.device
+
     def new_cache(self, n_rows: int, n_slots: int) -> KVCache:
         """An empty key-value cache for `n_rows` sequences of at most `n_slots` tokens."""
         shape = (n_rows, n_slots, self.sizes.n_kv_head, self.sizes.d_head)

@@ -9,9 +9,8 @@ import sys
 import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, closing
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
@@ -25,11 +24,11 @@ from megagpt.config.load import dump_config
 from megagpt.config.schema import TrainingRun
 from megagpt.data.manifest import read_manifest
 from megagpt.data.mixture import Mixture, open_mixture
-from megagpt.engine.engine import Engine, init_distributed
+from megagpt.engine.engine import Engine
 from megagpt.errors import CheckpointError, MegaGPTError
 from megagpt.lock import locked_folder
 from megagpt.model import flops
-from megagpt.parallel.mesh import Mesh, make_mesh
+from megagpt.parallel.mesh import Mesh
 from megagpt.parallel.plan import BatchPlan, plan_batches
 from megagpt.tokenizer import Tokenizer
 from megagpt.train.batches import TrainBatches, ValidationBatches
@@ -42,14 +41,12 @@ from megagpt.train.loop import Collaborators, train
 from megagpt.train.metrics import JsonlSink, Metrics, Sink, TensorBoardSink, WandbSink
 from megagpt.train.progress import ProgressLine
 from megagpt.train.schedule import lr_schedule
+from megagpt.train.start import start_mesh
 from megagpt.train.state import TrainState
 from megagpt.train.stop import StopRequest
 
 INTERRUPTED = 128 + signal.SIGINT
 """Exit code of Ctrl-C before there is anything to save, as a shell tells it."""
-
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""A collective that waits longer than this ends the run; saves and evaluations of large models fit into it."""
 
 
 def main(argv: Sequence[str], environment: Mapping[str, str]) -> int:
@@ -105,7 +102,7 @@ def run_training(config: TrainingRun, plan: BatchPlan, launch: Launch, console: 
     """Train one run to its end: data, mesh, model, engine, state, loop."""
     mixture = open_mixture(config.data.train, plan.seq_len, config.run.seed)
     tokenizer = check_tokens(config, mixture)
-    mesh = _start_mesh(launch, config)
+    mesh = start_mesh(launch, config.parallel)
     busy = MegaGPTError(f"{config.run.dir}: another process trains here; wait for it to end, or set another run.dir")
     with ExitStack() as held:
         mesh.on_main(lambda: held.enter_context(locked_folder(config.run.dir, busy)))
@@ -163,18 +160,6 @@ def log_event(run_dir: Path, event: str, step: int, **details: Any) -> None:
     }
     with (run_dir / "events.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
-
-
-def _start_mesh(launch: Launch, config: TrainingRun) -> Mesh:
-    device_type: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
-    if device_type == "cuda":
-        torch.cuda.set_device(launch.local_rank)
-    else:
-        cores = os.cpu_count() or 1
-        torch.set_num_threads(launch.threads or max(1, cores // launch.local_world_size))
-    init_distributed(COLLECTIVE_TIMEOUT, device_type=device_type)
-    device = f"cuda:{launch.local_rank}" if device_type == "cuda" else "cpu"
-    return make_mesh(launch.rank, launch.world_size, launch.local_rank, torch.device(device), config.parallel)
 
 
 def _newest_checkpoint(store: CheckpointStore, config: TrainingRun, mixture: Mixture, mesh: Mesh) -> Manifest | None:

@@ -82,7 +82,7 @@ def lm(model: Decoder, tokenizer: Tokenizer) -> MegaGPTLM:
     return MegaGPTLM(model, tokenizer, max_seq_len=CONTEXT, batch_size=4)
 
 
-def save_run(run_dir: Path, tokenizer: Tokenizer, *, step: int = 10, seed: int = 0) -> Path:
+def save_run(run_dir: Path, tokenizer: Tokenizer, *, step: int = 10, seed: int = 0, family: str = "gpt2") -> Path:
     """A run's folder with one published checkpoint and validation tokens; returns it."""
     data = run_dir.parent / f"{run_dir.name}_data"
     text = TEXT * 40
@@ -97,7 +97,7 @@ def save_run(run_dir: Path, tokenizer: Tokenizer, *, step: int = 10, seed: int =
         json.dumps(
             {
                 "run": {"dir": str(run_dir)},
-                "model": CONFIGS["gpt2"].model_dump(mode="json"),
+                "model": CONFIGS[family].model_dump(mode="json"),
                 "data": {"train": str(prefix), "val": str(prefix)},
                 "optim": {"lr": 1e-3},
                 "train": {"max_steps": 10, "global_batch_size": 1, "micro_batch_size": 1},
@@ -109,7 +109,7 @@ def save_run(run_dir: Path, tokenizer: Tokenizer, *, step: int = 10, seed: int =
     staging = store.begin(step)
     slices = [
         TensorSlice(name, tuple(p.shape), 0, dict.fromkeys(KINDS, p.detach().flatten().float()))
-        for name, p in random_model(seed=seed).named_parameters()
+        for name, p in random_model(family, seed).named_parameters()
     ]
     files = {"rank_00000.safetensors": FileEntry(*write_slices(staging / "rank_00000.safetensors", slices))}
     saved = tokenizer.save(staging)

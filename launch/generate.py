@@ -1,0 +1,19 @@
+"""deepspeed launch/generate.py --checkpoint RUN --prompt TEXT --tensor N --pipeline M; see `megagpt generate -h`."""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout, installed or not
+
+from megagpt.cli import main
+from megagpt.train.environment import name_process
+from megagpt.train.run import exit_process, put_environment_first
+
+if __name__ == "__main__":
+    put_environment_first(os.environ)
+    name_process(os.environ)
+    try:
+        main.main(["generate", *sys.argv[1:]], standalone_mode=True)
+    except SystemExit as ended:
+        exit_process(int(ended.code or 0))
