@@ -79,7 +79,7 @@ class Layout:
     def words(self) -> list[str]:
         """The configuration beside `tests.tiny`."""
         return [
-            *MODELS[self.family][1:],
+            *MODELS.get(self.family, ())[1:],
             f"train.max_steps={STEPS}",
             "optim.lr=3e-3",  # the loss falls by a tenth; at 1e-2 rounding grows tenfold every six steps
             f"train.global_batch_size={BATCH}",

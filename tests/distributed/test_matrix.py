@@ -9,9 +9,11 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from itertools import cycle, product
+from pathlib import Path
 
 import pytest
 import torch
+from ruamel.yaml import YAML
 
 from megagpt.errors import ConfigError
 from megagpt.model.build import build_model
@@ -32,13 +34,17 @@ from tests.tiny import run_config
 
 LOG = logging.getLogger(__name__)
 MOST_PROCESSES = 8
-FAMILIES = ("gpt2", "llama")
+MODELS = {"gpt2_tiny": "gpt2", "llama_tiny": "llama"}
+"""Of configs/model -> their family."""
 
 pytestmark = [pytest.mark.exhaustive, pytest.mark.timeout(2400)]
 
 
 def configuration(layout, where, tokens):
-    return run_config(where / "unused", tokens, *layout.words(), family=layout.family)
+    file = Path(__file__).resolve().parents[2] / "configs" / "model" / f"{layout.family}.yaml"
+    sizes = YAML(typ="safe").load(file)["model"]
+    words = [f"model.{key}={value}" for key, value in sizes.items()]
+    return run_config(where / "unused", tokens, *words, *layout.words(), family=MODELS[layout.family])
 
 
 def is_allowed(layout, where, tokens) -> bool:
@@ -53,7 +59,7 @@ def every_layout(where, tokens):
     """All that the table allows, in fp32; then each way of cutting the model once in bf16."""
     extras = cycle(product((1, 4), ("none", "selective", "full")))
     found = []
-    axes = product(FAMILIES, (1, 2, 4), (1, 2), (1, 2), (1, 2, 4), (0, 1, 2, 3), (False, True))
+    axes = product(MODELS, (1, 2, 4), (1, 2), (1, 2), (1, 2, 4), (0, 1, 2, 3), (False, True))
     for family, pipeline, data, sequence, tensor, zero, tensor_sequence in axes:
         layout = Layout(
             family=family,
@@ -90,7 +96,7 @@ def layouts(where, tokens) -> list[Layout]:
 
 @pytest.fixture(scope="module")
 def references(where, tokens) -> dict[str, Curve]:
-    return {one: reference_run(configuration(Layout(family=one), where, tokens), STEPS) for one in FAMILIES}
+    return {one: reference_run(configuration(Layout(family=one), where, tokens), STEPS) for one in MODELS}
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +118,7 @@ def failures(layouts, looks_right):
 def test_all_pairs_of_choices_come_up(layouts):
     keys = ("pipeline", "sequence", "tensor", "zero", "tensor_sequence")
     for key, extra in product(keys, ("accumulation", "recompute")):
-        for family in FAMILIES:
+        for family in MODELS:
             mine = [one for one in layouts if one.family == family]
             pairs = {(getattr(one, key), getattr(one, extra)) for one in mine if one.schedule == "1f1b"}
             expected = set(product({getattr(one, key) for one in mine}, {getattr(one, extra) for one in mine
@@ -150,7 +156,7 @@ def test_every_gradient_of_the_first_step_equals_the_plain_loops(layouts, measur
 
 def test_initial_weights_are_the_same_bit_for_bit(layouts, measured, where, tokens):
     expected = {}
-    for family in FAMILIES:
+    for family in MODELS:
         config = configuration(Layout(family=family), where, tokens)
         expected[family] = build_model(config.model)
         init_weights(expected[family], config.run.seed)
