@@ -26,6 +26,9 @@ from megagpt.parallel.tensor import (
     VocabParallelHead,
 )
 
+TAG = "tensor_model_parallel"
+"""Attribute by which DeepSpeed knows that a parameter is cut over the tensor group: its norm is counted on each."""
+
 FUSED = {"up": 1, "gate_up": 2}
 """First layer of a feed-forward -> how many matrices of equal size are fused in it."""
 
@@ -71,7 +74,7 @@ def prepare_parameters(model: nn.Module, shards: dict[str, Shard], mesh: Mesh) -
         if shard is None:
             continue
         if shard.is_cut:
-            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+            setattr(parameter, TAG, True)
         elif shard.layout.summed:
             # A hook of the tensor itself: it runs before the gradient is accumulated, so that DeepSpeed sees the sum.
             parameter.register_hook(partial(summed, group=mesh.groups.tensor))  # type: ignore[no-untyped-call]

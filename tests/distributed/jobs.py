@@ -17,7 +17,6 @@ from megagpt.checkpoint.save import Identity, save_checkpoint
 from megagpt.checkpoint.store import CheckpointStore, verify_checkpoint
 from megagpt.checkpoint.tensors import SliceReader
 from megagpt.config.schema import TrainingRun
-from megagpt.engine import engine as engine_module
 from megagpt.engine.engine import Engine, init_distributed
 from megagpt.errors import TrainingDiverged
 from megagpt.model.batch import TokenBatch
@@ -27,6 +26,7 @@ from megagpt.train.batches import TrainBatches, ValidationBatches
 from megagpt.train.build import build_engine
 from megagpt.train.schedule import lr_schedule
 from megagpt.train.state import TrainState
+from tests.distributed.guards import without
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,10 @@ class Job:
     """Folder of a store to save into after the first step."""
     evaluate: Path | None = None
     """Validation tokens to take the loss on at the end."""
-    uncorrected: bool = False
-    """Without megagpt/engine/corrections.py, and without the sum of a tied head's gradients."""
+    without: str | None = None
+    """One of `guards.GUARDS`, switched off."""
+    miscounted: int = 0
+    """Micro-batches that DeepSpeed believes to have seen before the first one."""
     swap_micro_batch: int | None = None
     """In every step, take the next step's micro-batch of this index instead of one's own."""
 
@@ -66,6 +68,8 @@ class Measured:
     samples: list[str] = field(default_factory=list)
     """A hash of each step's samples in their order, over all processes."""
     val_loss: tuple[float, int] | None = None
+    diverged: str | None = None
+    """What ended the run before its last step."""
     differing: str | None = None
     """What the comparison of replicas said at the end."""
 
@@ -82,7 +86,10 @@ def run_jobs(jobs: list[Job], out: Path) -> None:
     mesh = make_mesh(rank, world_size, rank, torch.device("cpu"), parallel)
     assert all((job.config.parallel.tensor, job.config.parallel.pipeline, job.config.parallel.sequence)
                == (mesh.tensor, mesh.pipeline, mesh.sequence) for job in jobs)  # fmt: skip
-    measured = {job.name: _run_job(job, mesh) for job in jobs}
+    measured = {}
+    for job in jobs:
+        with without(job.without):
+            measured[job.name] = _run_job(job, mesh)
     if mesh.is_main:
         out.write_text(json.dumps({name: vars(value) for name, value in measured.items()}))
     mesh.barrier()
@@ -95,13 +102,32 @@ def read_measured(out: Path) -> dict[str, Measured]:
 
 def _run_job(job: Job, mesh: Mesh) -> Measured:
     plan = plan_batches(job.config, mesh.world_size)
-    engine = _engine(job, mesh)
+    engine = build_engine(job.config, plan, mesh)
+    engine._engine.micro_steps += job.miscounted
     state = _load(job, engine)
     if job.save_loaded is not None:
         _save(job, job.save_loaded, engine, state)
     measured = Measured(optimizer=engine.optimizer_class)
-    mixture = _mixture(job.config)
-    batches = TrainBatches(mixture, plan, mesh)
+    try:
+        state = _train(job, engine, state, measured)
+    except TrainingDiverged as error:
+        measured.diverged = str(error)
+        return measured
+    measured.engine_state = engine.engine_state()
+    if job.evaluate is not None:
+        measured.val_loss = engine.eval_loss(ValidationBatches(job.evaluate, 11, plan, mesh))
+    try:
+        engine.check_replicas()
+    except TrainingDiverged as error:
+        measured.differing = str(error)
+    if job.save is not None:
+        _save(job, job.save, engine, state)
+    return measured
+
+
+def _train(job: Job, engine: Engine, state: TrainState, measured: Measured) -> TrainState:
+    plan, mesh = engine.plan, engine.mesh
+    batches = TrainBatches(_mixture(job.config), plan, mesh)
     schedule = lr_schedule(job.config.optim, job.config.train.max_steps)
     while state.step < job.steps:
         micro_batches = batches.step(state.step)
@@ -116,16 +142,7 @@ def _run_job(job: Job, mesh: Mesh) -> Measured:
         measured.grad_norms.append(outcome.grad_norm)
         measured.skipped.append(outcome.skipped)
         measured.loss_scales.append(outcome.loss_scale)
-    measured.engine_state = engine.engine_state()
-    if job.evaluate is not None:
-        measured.val_loss = engine.eval_loss(ValidationBatches(job.evaluate, 11, plan, mesh))
-    try:
-        engine.check_replicas()
-    except TrainingDiverged as error:
-        measured.differing = str(error)
-    if job.save is not None:
-        _save(job, job.save, engine, state)
-    return measured
+    return state
 
 
 def _hash_of_samples(micro_batches: list[TokenBatch], mesh: Mesh) -> str:
@@ -133,19 +150,6 @@ def _hash_of_samples(micro_batches: list[TokenBatch], mesh: Mesh) -> str:
     by_rank = dict(mesh.gather(own))
     in_order = [by_rank[rank][micro] for micro in range(len(micro_batches)) for rank in sorted(by_rank)]
     return hashlib.sha256(b"".join(in_order)).hexdigest()
-
-
-def _engine(job: Job, mesh: Mesh) -> Engine:
-    correction = engine_module.unscale_with_the_scale_of_the_step
-    try:
-        if job.uncorrected:
-            engine_module.unscale_with_the_scale_of_the_step = lambda optimizer: None
-        engine = build_engine(job.config, plan_batches(job.config, mesh.world_size), mesh)
-    finally:
-        engine_module.unscale_with_the_scale_of_the_step = correction
-    if job.uncorrected:
-        engine._add_up_tied_gradients = lambda engine: None
-    return engine
 
 
 def _mixture(config: TrainingRun):

@@ -35,7 +35,7 @@ def measured(where, tokens):
         jobs += [
             Job(f"fp32-{stage}", config(stage, "fp32"), STEPS),
             Job(f"fp16-{stage}", config(stage), STEPS, save=where / f"whole{stage}"),
-            Job(f"uncorrected-{stage}", config(stage), STEPS, uncorrected=True),
+            Job(f"uncorrected-{stage}", config(stage), STEPS, without="fp16 scale"),
             Job(f"half-{stage}", config(stage), STOPPED_AT, save=where / f"half{stage}"),
             Job(f"resumed-{stage}", config(stage), STEPS, load=half, save=where / f"resumed{stage}"),
             Job(f"fixed-{stage}", config(stage, scaler="{loss_scale: 256}"), STOPPED_AT, save=where / f"fixed{stage}"),

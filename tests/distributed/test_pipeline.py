@@ -67,7 +67,7 @@ def measured(where, configured, val_tokens) -> dict[str, Measured]:
         for one in FAST + LOW_PRECISION
     ]
     tied = FAST[0]
-    jobs.append((tied, Job("untied", configured(tied), 2, uncorrected=True)))
+    jobs.append((tied, Job("untied", configured(tied), 2, without="tied gradients")))
     jobs.append((SPLIT, Job("split", configured(SPLIT, "parallel.pipeline_split=[1,3]"), STEPS)))
     swapped = configured(SWAPPED)
     jobs += [(SWAPPED, Job(f"swapped-{index}", swapped, 1, swap_micro_batch=index)) for index in (None, 0, 1, 2, 3)]

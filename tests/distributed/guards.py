@@ -1,0 +1,55 @@
+"""Guards against silent errors of DeepSpeed, each to be switched off by name: a test must then see the error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+from megagpt.engine import engine as engine_module
+from megagpt.engine import pipeline as pipeline_module
+from megagpt.parallel import apply_tensor
+
+Switch = Callable[[Any], None]
+
+
+def _partitioned(config: Any, plan: Any) -> dict[str, Any]:
+    from megagpt.engine.ds_config import ds_config
+
+    settings = ds_config(config, plan)
+    settings["pipeline"] |= {"pipe_partitioned": True, "grad_partitioned": True}  # DeepSpeed's defaults
+    return settings
+
+
+def _default_accumulation(config: Any, plan: Any) -> dict[str, Any]:
+    from megagpt.engine.ds_config import ds_config
+
+    settings = ds_config(config, plan)
+    del settings["data_types"]["grad_accum_dtype"]
+    return settings
+
+
+GUARDS: dict[str, Any] = {
+    "fp16 scale": lambda: patch.object(engine_module, "unscale_with_the_scale_of_the_step", lambda optimizer: None),
+    "tied gradients": lambda: patch.object(
+        pipeline_module.PipelinedEngine, "_add_up_tied_gradients", lambda self, engine: None
+    ),
+    "whole activations": lambda: patch.object(pipeline_module, "ds_config", _partitioned),
+    "fp32 accumulation": lambda: patch.object(engine_module, "ds_config", _default_accumulation),
+    "summed norms": lambda: patch.object(apply_tensor, "summed", lambda gradient, group: gradient),
+    "tags": lambda: patch.object(apply_tensor, "TAG", "not_what_deepspeed_reads"),
+    "boundary": lambda: patch.object(
+        engine_module.deepspeed.DeepSpeedEngine, "set_gradient_accumulation_boundary", lambda self, boundary: None
+    ),
+}
+
+
+@contextmanager
+def without(guard: str | None) -> Iterator[None]:
+    """Inside, an engine is built and trains without that guard."""
+    if guard is None:
+        yield
+        return
+    with GUARDS[guard]():
+        yield
