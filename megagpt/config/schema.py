@@ -181,7 +181,9 @@ class ParallelSection(Section):
     """Blocks of each stage, first to last (dualpipev: twice as many numbers as processes, along the V). Without it
     the stages are balanced by FLOPs, the output head included."""
     sequence: PositiveInt = 1
-    """Degree of Ulysses sequence parallelism."""
+    """Processes that share each sequence (Ulysses sequence parallelism): each holds a stretch of it, and they trade
+    stretches for heads around attention. For long sequences: activations shrink by it, and ZeRO shards over these
+    processes too. Divides `model.max_seq_len` and `model.n_head` / `tensor`."""
     tensor_sequence: bool = False
     """Between the layers that `tensor` cuts, each process holds a part of the sequence (Megatron-style sequence
     parallelism): the same loss with less memory for activations."""

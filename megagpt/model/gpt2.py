@@ -25,7 +25,8 @@ class GPT2Embedding(Embedding):
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, T) int64 -> (B, T, C)."""
         # Through the module, not by slicing its weight: ZeRO-3 gathers a weight when its module is called.
-        positions = self.positions(torch.arange(tokens.shape[1], device=tokens.device))
+        T = tokens.shape[1]
+        positions = self.positions(torch.arange(T, device=tokens.device) + self.stretch * T)
         return self.dropout(self.tokens(tokens) + positions)
 
     def at(self, tokens: Tensor, positions: Tensor) -> Tensor:

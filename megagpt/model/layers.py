@@ -154,6 +154,8 @@ class Embedding(nn.Module):
     """Tokens to vectors: a family's first layer. Its table is `tokens`, which a tied head shares."""
 
     tokens: nn.Embedding
+    stretch: int = 0
+    """Which stretch of its sequences `forward` gets: with T tokens, they begin at position stretch * T."""
 
     def at(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """(B, T) tokens at (B, T) positions -> (B, T, C)."""

@@ -18,6 +18,8 @@ class Rotary(nn.Module):
 
     cos: Tensor
     sin: Tensor
+    stretch: int = 0
+    """Which stretch of its sequences `forward` gets: with T vectors, they begin at position stretch * T."""
 
     def __init__(self, d_head: int, max_seq_len: int, theta: float) -> None:
         super().__init__()
@@ -39,9 +41,10 @@ class Rotary(nn.Module):
             self.sin.copy_(angles.sin())
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, H, D) at positions 0..T-1 -> the same shape, turned."""
+        """(B, T, H, D) at the T positions of its stretch -> the same shape, turned."""
         T = x.shape[1]
-        return _turn(x, self.cos[:T], self.sin[:T])
+        here = slice(self.stretch * T, (self.stretch + 1) * T)
+        return _turn(x, self.cos[here], self.sin[here])
 
     def at(self, x: Tensor, positions: Tensor) -> Tensor:
         """(B, T, H, D) at (B, T) positions -> the same shape, turned."""

@@ -1,4 +1,4 @@
-"""What a tensor group sends to each other inside forward and backward.
+"""What the processes of a tensor or sequence group send to each other inside forward and backward.
 
 A *region* is a stretch of a block in which each process of the tensor group works on a share of its own: of the
 columns, heads or vocabulary. Outside of it all of them hold the same (`TensorRegion`), or each holds a part of the
@@ -72,6 +72,11 @@ def gather(x: Tensor, dim: int, group: ProcessGroup, size: int) -> Tensor:
     return _Gather.apply(x, dim, group, size)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def exchange(x: Tensor, group: ProcessGroup) -> Tensor:
+    """(size, ...): part j of process i becomes part i of process j. Its gradient goes the same way back."""
+    return _Exchange.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]
+
+
 class _SumGradients(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
@@ -115,6 +120,17 @@ class _SumScatter(Function):
         return _gathered(gradients[0], *ctx.where), None, None, None
 
 
+class _Exchange(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _exchanged(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _exchanged(gradients[0], ctx.group), None
+
+
 def summed(x: Tensor, group: ProcessGroup) -> Tensor:
     """The sum over the group, in a new tensor: autograd may still hold the old one."""
     total = x.clone(memory_format=torch.contiguous_format)
@@ -134,3 +150,10 @@ def _sum_scattered(x: Tensor, dim: int, group: ProcessGroup, size: int) -> Tenso
     part = whole.new_empty(whole.shape[0] // size, *whole.shape[1:])
     torch.distributed.reduce_scatter_tensor(part, whole, group=group)
     return part.movedim(0, dim)
+
+
+def _exchanged(x: Tensor, group: ProcessGroup) -> Tensor:
+    sent = x.contiguous()
+    received = torch.empty_like(sent)
+    torch.distributed.all_to_all_single(received, sent, group=group)
+    return received

@@ -118,9 +118,25 @@ REFUSALS: tuple[Refusal, ...] = (
         "parallel.pipeline=2 or more, or parallel.pipeline_schedule=1f1b",
     ),
     Refusal(
-        lambda c: c.parallel.sequence > 1,
-        "parallel.sequence above 1: this version has no Ulysses sequence parallelism",
-        "parallel.sequence=1 with parallel.tensor_sequence=true, or with train.recompute=full for long sequences",
+        lambda c: c.model.max_seq_len % c.parallel.sequence != 0,
+        "parallel.sequence does not divide model.max_seq_len: every process of a sequence group takes an equal stretch "
+        "of a sample",
+        "a divisor of model.max_seq_len for parallel.sequence, or a model.max_seq_len that is a multiple of it",
+    ),
+    Refusal(
+        lambda c: _query_heads_divide(c) and _query_heads(c) % c.parallel.sequence != 0,
+        "parallel.sequence does not divide model.n_head / parallel.tensor: around attention, every process of a "
+        "sequence group takes equally many of the query heads that tensor parallelism leaves",
+        "a divisor of model.n_head / parallel.tensor for parallel.sequence, or parallel.tensor_sequence=true with "
+        "parallel.sequence=1",
+    ),
+    Refusal(
+        lambda c: _query_heads_divide(c) and _kv_heads_divide(c) and not _kv_heads_fit_the_sequence_group(c),
+        "parallel.sequence and the key and value heads that tensor parallelism leaves (model.n_kv_head / "
+        "parallel.tensor, at least 1): neither divides the other, so that a process's query heads would look at parts "
+        "of several of them",
+        "a parallel.sequence that is a divisor or a multiple of those heads, or parallel.tensor_sequence=true with "
+        "parallel.sequence=1",
     ),
     Refusal(
         lambda c: c.parallel.tensor_sequence and c.parallel.tensor == 1,
@@ -128,9 +144,10 @@ REFUSALS: tuple[Refusal, ...] = (
         "parallel.tensor=2 or more, or parallel.tensor_sequence=false",
     ),
     Refusal(
-        lambda c: c.parallel.tensor_sequence and c.model.max_seq_len % c.parallel.tensor != 0,
-        "parallel.tensor_sequence: parallel.tensor does not divide model.max_seq_len, the length of a sample",
-        "a multiple of parallel.tensor for model.max_seq_len, or parallel.tensor_sequence=false",
+        lambda c: c.parallel.tensor_sequence and not _stretch_divides(c),
+        "parallel.tensor_sequence: parallel.tensor does not divide model.max_seq_len / parallel.sequence, what a "
+        "tensor group has of a sample",
+        "a multiple of parallel.tensor x parallel.sequence for model.max_seq_len, or parallel.tensor_sequence=false",
     ),
 )
 """What cannot be run, as data: the configuration check, `--check` and the tests read this one table."""
@@ -148,6 +165,26 @@ def _n_kv_head(config: TrainingRun) -> int:
 def _kv_heads_divide(config: TrainingRun) -> bool:
     kv, tensor = _n_kv_head(config), config.parallel.tensor
     return kv % tensor == 0 or tensor % kv == 0 or config.model.n_head % tensor != 0  # the last is told by itself
+
+
+def _query_heads_divide(config: TrainingRun) -> bool:
+    return config.model.n_head % config.parallel.tensor == 0
+
+
+def _query_heads(config: TrainingRun) -> int:
+    """Those of one process of a tensor group."""
+    return config.model.n_head // config.parallel.tensor
+
+
+def _kv_heads_fit_the_sequence_group(config: TrainingRun) -> bool:
+    kv, sequence = max(1, _n_kv_head(config) // config.parallel.tensor), config.parallel.sequence
+    told_by_itself = _query_heads(config) % sequence != 0
+    return kv % sequence == 0 or sequence % kv == 0 or told_by_itself
+
+
+def _stretch_divides(config: TrainingRun) -> bool:
+    sequence, T = config.parallel.sequence, config.model.max_seq_len
+    return T // sequence % config.parallel.tensor == 0 or T % sequence != 0  # the last is told by itself
 
 
 def _kv_channels(config: TrainingRun) -> int:

@@ -14,6 +14,7 @@ from megagpt.model.recompute import apply_recompute
 from megagpt.parallel.apply_tensor import apply_tensor_parallel
 from megagpt.parallel.mesh import Mesh
 from megagpt.parallel.plan import BatchPlan
+from megagpt.parallel.sequence import apply_sequence_parallel
 from megagpt.parallel.stages import own_layers
 from megagpt.train.optim import parameter_groups
 
@@ -34,6 +35,7 @@ def build_share(config: TrainingRun, mesh: Mesh) -> Decoder:
     with torch.device("meta"):
         model = build_model(config.model)
         apply_tensor_parallel(model, mesh, sequence=config.parallel.tensor_sequence)
+        apply_sequence_parallel(model, mesh)
         if mesh.pipeline > 1:
             model.keep_layers(own_layers(config, mesh.pipeline_rank))
     model = model.to_empty(device="cpu")

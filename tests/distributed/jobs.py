@@ -45,8 +45,8 @@ class Job:
     """Folder of a store to save into at the end."""
     save_first: Path | None = None
     """Folder of a store to save into after the first step."""
-    evaluate: Path | None = None
-    """Validation tokens to take the loss on at the end."""
+    validate: int | None = None
+    """At the end, evaluate over so many sequences of `data.val`."""
     without: str | None = None
     """One of `guards.GUARDS`, switched off."""
     miscounted: int = 0
@@ -64,10 +64,10 @@ class Measured:
     skipped: list[bool] = field(default_factory=list)
     loss_scales: list[float | None] = field(default_factory=list)
     engine_state: dict[str, float] = field(default_factory=dict)
+    validation: list[float] = field(default_factory=list)
     optimizer: str = ""
     samples: list[str] = field(default_factory=list)
     """A hash of each step's samples in their order, over all processes."""
-    val_loss: tuple[float, int] | None = None
     diverged: str | None = None
     """What ended the run before its last step."""
     differing: str | None = None
@@ -114,8 +114,9 @@ def _run_job(job: Job, mesh: Mesh) -> Measured:
         measured.diverged = str(error)
         return measured
     measured.engine_state = engine.engine_state()
-    if job.evaluate is not None:
-        measured.val_loss = engine.eval_loss(ValidationBatches(job.evaluate, 11, plan, mesh))
+    if job.validate is not None:
+        validation = ValidationBatches(job.config.data.val, job.validate, plan, mesh)
+        measured.validation = list(engine.eval_loss(validation))
     try:
         engine.check_replicas()
     except TrainingDiverged as error:

@@ -49,10 +49,12 @@ def where(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def configured(where, tokens):
-    return lambda layout, *words: run_config(
-        where / "unused", tokens, *layout.words(), *words, family="gpt2" if layout.family == "gpt2" else "llama"
-    )
+def configured(where, tokens, val_tokens):
+    def make(layout, *words):
+        family = "gpt2" if layout.family == "gpt2" else "llama"
+        return run_config(where / "unused", tokens, *layout.words(), f"data.val={val_tokens}", *words, family=family)
+
+    return make
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +63,9 @@ def references(configured):
 
 
 @pytest.fixture(scope="module")
-def measured(where, configured, val_tokens) -> dict[str, Measured]:
+def measured(where, configured) -> dict[str, Measured]:
     jobs = [
-        (one, Job(one.name, configured(one), STEPS, save_first=where / one.name, evaluate=val_tokens))
+        (one, Job(one.name, configured(one), STEPS, save_first=where / one.name, validate=11))
         for one in FAST + LOW_PRECISION
     ]
     tied = FAST[0]
@@ -121,7 +123,7 @@ def test_initial_weights_are_those_of_one_process_bit_for_bit(measured, where, c
 
 def test_validation_loss_is_the_same_in_every_layout(measured):
     for family in ("gpt2", "mqa"):
-        losses = [measured[one.name].val_loss for one in FAST if one.family == family]
+        losses = [measured[one.name].validation for one in FAST if one.family == family]
         assert len(losses) >= 2
         assert {targets for _, targets in losses} == {11 * 16}
         assert [loss for loss, _ in losses] == pytest.approx([losses[0][0]] * len(losses), rel=1e-5)

@@ -72,7 +72,14 @@ REFUSED = {
     "parallel.pipeline is more than the blocks": ("parallel.pipeline=4",),
     "parallel.pipeline_split does not": ("parallel.pipeline=2", "parallel.pipeline_split=[1,2]"),
     "parallel.pipeline_schedule=dualpipev with": ("parallel.pipeline_schedule=dualpipev",),
-    "parallel.sequence above 1": ("parallel.sequence=2",),
+    "parallel.sequence does not divide model.max_seq_len": ("parallel.sequence=2", "model.max_seq_len=17"),
+    "parallel.sequence does not divide model.n_head / parallel.tensor": ("parallel.tensor=2", "parallel.sequence=2"),
+    "parallel.sequence and the key and value heads": (
+        *LLAMA,
+        "model.n_head=12",
+        "model.n_kv_head=6",
+        "parallel.sequence=4",
+    ),
     "parallel.tensor_sequence with parallel.tensor=1": ("parallel.tensor_sequence=true",),
     "parallel.tensor_sequence: parallel.tensor does not divide model.max_seq_len": (
         "parallel.tensor_sequence=true",
@@ -108,6 +115,43 @@ def test_zero_0_in_fp32_and_every_other_stage_in_every_precision_are_allowed(con
     for stage in (1, 2, 3):
         for dtype in ("fp32", "bf16", "fp16"):
             check_layout(config(f"parallel.zero_stage={stage}", f"train.dtype={dtype}"))
+
+
+def test_a_sequence_group_shares_its_samples(config):
+    plan = plan_batches(config("parallel.sequence=2", "train.micro_batch_size=1"), world_size=4)
+    assert (plan.data_parallel, plan.model_parallel, plan.world_size, plan.grad_accum_steps) == (2, 2, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("n_head", "n_kv_head", "tensor", "sequence", "allowed"),
+    [
+        (12, 12, 1, 4, True),
+        (12, 12, 2, 3, True),
+        (12, 12, 2, 4, False),  # 6 query heads
+        (12, 4, 1, 2, True),
+        (12, 4, 1, 4, True),
+        (12, 4, 1, 12, True),  # each head goes to 3 processes
+        (12, 4, 1, 6, False),
+        (12, 4, 2, 6, True),  # 2 key and value heads are left
+        (12, 1, 1, 12, True),
+        (12, 2, 4, 3, True),  # fewer than processes of the tensor group: 1 is left
+    ],
+)
+def test_which_heads_a_sequence_group_can_share_out(n_head, n_kv_head, tensor, sequence, allowed, config):
+    words = [f"model.n_head={n_head}", f"model.n_kv_head={n_kv_head}", "model.d_model=96", "model.max_seq_len=48"]
+    laid_out = config(*LLAMA, *words, f"parallel.tensor={tensor}", f"parallel.sequence={sequence}")
+    if allowed:
+        check_layout(laid_out)
+    else:
+        with pytest.raises(ConfigError, match=r"parallel\.sequence"):
+            check_layout(laid_out)
+
+
+def test_a_stretch_is_shared_out_further_in_a_tensor_group(config):
+    words = [*LLAMA, "parallel.tensor=2", "parallel.sequence=2", "parallel.tensor_sequence=true"]
+    check_layout(config(*words, "model.max_seq_len=20"))
+    with pytest.raises(ConfigError, match=r"tensor x parallel.sequence for model.max_seq_len"):
+        check_layout(config(*words, "model.max_seq_len=18"))
 
 
 def test_a_tensor_group_shares_its_samples(config):
