@@ -6,11 +6,12 @@ It shares with the product the model class and which samples a step holds, and n
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megagpt.config.schema import TrainingRun
@@ -30,7 +31,17 @@ class Curve:
     """Of the first step, clipped."""
 
 
-def reference_run(config: TrainingRun, steps: int, dtype: torch.dtype = torch.float32) -> Curve:
+def mean_loss(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Of (b, T + 1) tokens, in nats."""
+    return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def reference_run(
+    config: TrainingRun,
+    steps: int,
+    dtype: torch.dtype = torch.float32,
+    loss_of: Callable[[nn.Module, Tensor], Tensor] = mean_loss,
+) -> Curve:
     """Train in the given type from the initial weights."""
     model = build_model(config.model)
     init_weights(model, config.run.seed)
@@ -46,7 +57,7 @@ def reference_run(config: TrainingRun, steps: int, dtype: torch.dtype = torch.fl
     curve = Curve()
     for step in range(steps):
         tokens = torch.from_numpy(np.stack([mixture.sample(step * batch + row) for row in range(batch)]))
-        loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        loss = loss_of(model, tokens)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip)
         if step == 0:

@@ -121,6 +121,10 @@ class DataSection(Section):
     tokenizer: str | None = None
     """Tokenizer of the token files: gpt2, cl100k_base, o200k_base (tiktoken), or a tokenizer.json's path.
     Not needed where manifest.json beside the token files names it; where both do, they must be the same."""
+    isolate_documents: bool = False
+    """Documents that share a sample do not see each other: attention stays within a document, positions begin at 0 in
+    each, and the first token of a document is read but not predicted. Documents are those of the .idx file. In training
+    and its validation loss, not in `megagpt eval`."""
 
     @model_validator(mode="after")
     def _check_train(self) -> DataSection:
@@ -165,6 +169,11 @@ class TrainSection(Section):
     """Precision of weights and activations in forward and backward; master weights are fp32."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Recompute activations in backward: nothing, the attention core, or whole blocks."""
+    attention: Literal["auto", "sdpa", "flex", "varlen", "flash"] = "auto"
+    """What computes attention. sdpa: PyTorch's own choice, on CUDA in bf16 and fp16 its built-in flash-attention kernel
+    (with `data.isolate_documents` a dense mask, and no such kernel). flash: the flash-attn package. varlen (PyTorch's
+    flash-attention for sequences of different lengths) and flex (FlexAttention): for `data.isolate_documents`, on CUDA.
+    auto: sdpa; with `data.isolate_documents` the first of flash, varlen, flex and sdpa that can be used."""
 
 
 class ParallelSection(Section):

@@ -257,6 +257,24 @@ class TokenFile:
             raise IndexError(f"{self.prefix}: tokens {start} .. {start + length} of {self.n_tokens}")
         return self.tokens[start : start + length]
 
+    def documents(self, start: int, length: int) -> npt.NDArray[np.int32]:
+        """Which document each token of `window(start, length)` belongs to, counted from 0 in the window: (length,).
+
+        Documents without tokens are not counted.
+
+        Raises:
+            IndexError: the window does not lie inside the stream.
+        """
+        self.window(start, length)
+        width = self.dtype.itemsize
+        # Only the document that begins at the window's first token needs no mark: it is number 0 anyway.
+        first = np.searchsorted(self._pointers, start * width, side="right")
+        end = np.searchsorted(self._pointers, (start + length) * width, side="left")
+        begun = slice(*np.searchsorted(self._first_sequences, [first, end]))
+        marks = np.zeros(length, np.int32)
+        marks[self._pointers[self._first_sequences[begun]] // width - start] = 1
+        return np.cumsum(marks, dtype=np.int32)
+
     def _begin(self, sequence: np.int64) -> int:
         """Token at which a sequence begins; the end of the stream for the one after the last."""
         if sequence == self.n_sequences:

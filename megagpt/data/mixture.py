@@ -2,8 +2,9 @@
 
 A token file is cut into windows of seq_len + 1 tokens at stride seq_len: window w begins at token w *
 seq_len, so that a token is predicted once an epoch; the file's first is only read, and up to seq_len - 1 at
-its end are not used. Documents run into each other, separated by the tokenizer's end-of-text token. The order
-of samples does not depend on how many processes read them, and going on from sample i needs no state but i.
+its end are not used. Documents run into each other, separated by the tokenizer's end-of-text token;
+`documents(i)` tells them apart. The order of samples does not depend on how many processes read them, and going
+on from sample i needs no state but i.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from megagpt.errors import DataError
 
 Sample = npt.NDArray[np.int64]
 """(seq_len + 1,) token ids: inputs are all but the last, targets all but the first."""
+
+Documents = npt.NDArray[np.int32]
+"""(seq_len + 1,): the document of each token of a sample, counted from 0 in the sample."""
 
 _PROBES = 64  # blocks of a .bin file that go into its fingerprint
 _PROBE_BYTES = 4096
@@ -82,12 +86,22 @@ class Mixture:
 
     def sample(self, i: int) -> Sample:
         """Sample i, for any i from 0: epochs follow each other without end."""
+        token_file, start = self._window(i)
+        return token_file.window(start, self.seq_len + 1).astype(np.int64)
+
+    def documents(self, i: int) -> Documents:
+        """Which document each token of sample i belongs to, by the file's index."""
+        token_file, start = self._window(i)
+        return token_file.documents(start, self.seq_len + 1)
+
+    def _window(self, i: int) -> tuple[TokenFile, int]:
+        """The file of sample i, and the token at which it begins there."""
         file_number, k = self.locate(i)
         token_file = self.files[file_number]
         n_windows = count_windows(token_file, self.seq_len)
         epoch, position = divmod(k, n_windows)
         window = permute(position, n_windows, order_key(self.seed, file_number, epoch))
-        return token_file.window(window * self.seq_len, self.seq_len + 1).astype(np.int64)
+        return token_file, window * self.seq_len
 
     def locate(self, i: int) -> tuple[int, int]:
         """(f, k): sample i is the k-th one that comes from file f, both from 0."""
@@ -149,10 +163,16 @@ class EvenWindows:
 
     def sample(self, i: int) -> Sample:
         """Sample i of `len(self)`: window floor(i * n_windows / n_samples)."""
+        return self.token_file.window(self._start(i), self.seq_len + 1).astype(np.int64)
+
+    def documents(self, i: int) -> Documents:
+        """Which document each token of sample i belongs to, by the file's index."""
+        return self.token_file.documents(self._start(i), self.seq_len + 1)
+
+    def _start(self, i: int) -> int:
         if not 0 <= i < self.n_samples:
             raise IndexError(f"{self.token_file.prefix}: validation sample {i} of {self.n_samples}")
-        window = i * self.n_windows // self.n_samples
-        return self.token_file.window(window * self.seq_len, self.seq_len + 1).astype(np.int64)
+        return i * self.n_windows // self.n_samples * self.seq_len
 
 
 def open_mixture(train: Path | tuple[WeightedTokens, ...], seq_len: int, seed: int) -> Mixture:

@@ -28,7 +28,7 @@ from megagpt.parallel.apply_tensor import prepare_parameters
 from megagpt.parallel.mesh import Mesh
 from megagpt.parallel.plan import BatchPlan
 
-_TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class EvaluationBatches(Sized, Iterable[TokenBatch], Protocol):
@@ -82,7 +82,7 @@ class Engine:
         self.mesh = mesh
         self.plan = plan
         self.model = model
-        self.dtype = _TORCH_DTYPES[config.train.dtype]
+        self.dtype = TORCH_DTYPES[config.train.dtype]
         self._zero_stage = config.parallel.zero_stage
         self._fp16 = config.train.dtype == "fp16"
         _check_dtype(config.train.dtype, mesh.device)
@@ -170,6 +170,8 @@ class Engine:
 
     def _mean_loss(self, nll: float, targets: int) -> tuple[float, int]:
         total_nll, total_targets = self.mesh.sum(self._counted_once(nll), self._counted_once(targets))
+        if total_targets == 0:
+            raise DataError("no target token counts in the validation sequences: every document in them has one token")
         return total_nll / total_targets, int(total_targets)
 
     def check_replicas(self) -> None:
@@ -219,7 +221,7 @@ class Engine:
     def _nll(self, batch: TokenBatch) -> Tensor:
         """Summed negative log-likelihood of the batch's targets, nats."""
         batch = batch.to(self.mesh.device)
-        return self.model.nll(self._engine(batch.inputs), batch.targets)
+        return self.model.nll(self._engine(batch.inputs, documents=batch.documents), batch.targets)
 
     def _counted_once(self, value: float) -> float:
         """Processes that work on the same samples have the same value: one of them brings it into a sum over all."""

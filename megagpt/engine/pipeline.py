@@ -20,6 +20,8 @@ from megagpt.config.schema import TrainingRun
 from megagpt.engine.ds_config import ds_config
 from megagpt.engine.engine import Engine, EvaluationBatches, StepOutcome
 from megagpt.model.batch import TokenBatch
+from megagpt.model.context import Contexts
+from megagpt.model.decoder import run_layers
 from megagpt.model.loss import IGNORED_TARGET
 from megagpt.parallel.stages import held_parts, n_parts, plan_stages
 
@@ -52,11 +54,12 @@ class PipelinedEngine(Engine):
     def _stages(self, config: TrainingRun) -> PipelineModule:
         mesh = self.mesh
         topology = PipeModelDataParallelTopology(num_pp=mesh.pipeline, num_mp=mesh.tensor, num_dp=mesh.zero_parallel)
-        bounds = [0, *(part.stop for part in plan_stages(config))]
-        layers: list[nn.Module] = [_Contiguous(layer) for _, layer in self.model.layers()]
+        layers = [layer for _, layer in self.model.layers()]
+        kind = _PackedPart if config.data.isolate_documents else _Part
+        parts = [kind([layers[index] for index in part], self.model.contexts) for part in plan_stages(config)]
         copies = {id(p): p.ds_pipe_replicated for p in self.model.parameters()}  # type: ignore[attr-defined]
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its arguments
-            stages = (_VStages if self._is_v else _Stages)(layers, topology, bounds, self._loss)
+            stages = (_VStages if self._is_v else _Stages)(parts, topology, self._loss)
         for parameter in stages.parameters():
             parameter.ds_pipe_replicated = copies[id(parameter)]
         return stages
@@ -99,8 +102,10 @@ class PipelinedEngine(Engine):
         torch.distributed.all_gather_object(stages, super().logical_shapes(), group=group)
         return {name: shape for stage in stages for name, shape in stage.items()}
 
-    def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def _loss(self, outputs: Tensor | Packed, targets: Tensor) -> Tensor:
         """What the last stage gives DeepSpeed for one micro-batch."""
+        if isinstance(outputs, tuple):
+            outputs, _ = outputs
         nll = self.model.nll(outputs, targets)
         self._nll_of_step += nll.detach().double()
         return self._weighted(nll)
@@ -125,16 +130,14 @@ class PipelinedEngine(Engine):
 
 
 class _Stages(PipelineModule):  # type: ignore[misc]
-    """Layers cut where `plan_stages` says."""
+    """What DeepSpeed takes for layers are our parts, one a stage."""
 
-    def __init__(
-        self, layers: list[nn.Module], topology: PipeModelDataParallelTopology, bounds: list[int], loss_fn: Any
-    ) -> None:
-        self._given_bounds = bounds
-        super().__init__(layers, topology=topology, loss_fn=loss_fn)
+    def __init__(self, parts: Sequence[nn.Module], topology: PipeModelDataParallelTopology, loss_fn: Any) -> None:
+        self._n_parts = len(parts)
+        super().__init__(parts, topology=topology, loss_fn=loss_fn)
 
     def _partition_layers(self, method: str = "uniform") -> None:  # noqa: ARG002 - theirs
-        self.parts = self._given_bounds
+        self.parts = list(range(self._n_parts + 1))
         self._set_bounds(self.parts[self.stage_id], self.parts[self.stage_id + 1])
 
 
@@ -142,21 +145,34 @@ class _VStages(DualPipeVModule, _Stages):  # type: ignore[misc]
     """As `_Stages`, twice as many: each process holds one on the way out and one on the way back."""
 
 
-class _Contiguous(nn.Module):
-    """A layer whose output can be sent: with a sequence cut over the tensor group its strides are permuted."""
+class _Part(nn.Module):
+    """Layers that follow each other: what one stage runs."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layers: Sequence[nn.Module], contexts: Contexts) -> None:
         super().__init__()
-        self.layer = layer
+        self.layers = nn.ModuleList(layers)
+        self.contexts = contexts
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.layer(x)
-        return y.contiguous()
+        # Contiguous, to be sent: with a sequence cut over the tensor group its strides are permuted.
+        return run_layers(self.layers, x, self.contexts(None)).contiguous()
 
 
-def _for_both_ends(batches: Sequence[TokenBatch]) -> Iterator[tuple[Tensor, Tensor]]:
+class _PackedPart(_Part):
+    """Documents travel with the activations, as integers: each stage makes its context of them, once a micro-batch."""
+
+    def forward(self, given: Packed) -> Packed:  # type: ignore[override]
+        x, documents = given
+        return run_layers(self.layers, x, self.contexts(documents)).contiguous(), documents
+
+
+Packed = tuple[Tensor, Tensor]
+"""Activations (b, T, C), or tokens (b, T), and the documents (b, T) of a micro-batch."""
+
+
+def _for_both_ends(batches: Sequence[TokenBatch]) -> Iterator[tuple[Tensor | Packed, Tensor]]:
     for batch in batches:
-        yield batch.inputs, batch.targets
+        yield batch.inputs if batch.documents is None else (batch.inputs, batch.documents), batch.targets
 
 
 def _accumulated_gradient(engine: Any, name: str, parameter: Any) -> Tensor:

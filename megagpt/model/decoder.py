@@ -5,13 +5,15 @@ What `forward` runs is what a pipeline cuts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from megagpt.model.layers import Block, Embedding, KVCache
+from megagpt.model.attention import ChosenAttention
+from megagpt.model.context import Context, Contexts, packed_rows, whole_rows
+from megagpt.model.layers import AttentionCore, Block, Embedding, KVCache
 from megagpt.model.layout import Shard
 from megagpt.model.loss import next_token_nll
 from megagpt.model.rotary import Rotary
@@ -31,6 +33,25 @@ class DecoderSizes:
     d_model: int
     n_kv_head: int
     d_head: int
+
+
+def run_layers(layers: Iterable[nn.Module], x: Tensor, context: Context) -> Tensor:
+    """One layer after the other; those to whom positions matter are told the context."""
+    for layer in layers:
+        # By keyword: DeepSpeed's hooks look for tensors in what is given by position, and know no other types.
+        x = layer(x, context=context) if isinstance(layer, Embedding | Block) else layer(x)
+    return x
+
+
+def use_attention(model: Decoder, attention: ChosenAttention) -> None:
+    """Take this implementation; with one for packed rows, `forward` wants the documents from now on.
+
+    After the model was cut, since layers are replaced by that.
+    """
+    for module in model.modules():
+        if isinstance(module, AttentionCore):
+            module.attend = attention.attend
+    model.contexts = whole_rows if attention.prepare is None else packed_rows(attention.prepare)
 
 
 class Elsewhere(nn.Module):
@@ -56,6 +77,8 @@ class Decoder(nn.Module):
         """Parameter name -> the part of it that this process holds; empty where it holds everything."""
         self.nll: Callable[[Tensor, Tensor], Tensor] = next_token_nll
         """(what `forward` gives, targets (B, T)) -> summed negative log-likelihood, nats, fp32."""
+        self.contexts: Contexts = whole_rows
+        """(B, T) document ids of a micro-batch, or None -> what its layers must know of them."""
         self.shared_with_other_end: str | None = None
         """Parameter that the first and the last stage of a pipeline both hold: that of a tied head."""
         self.embedding = embedding
@@ -87,19 +110,15 @@ class Decoder(nn.Module):
         """The name that a parameter of this process has where there is one process."""
         return EMBEDDING if name == HEAD == self.shared_with_other_end else name
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, T) int64 -> logits (B, T, V)."""
-        x = tokens
-        for _, layer in self.layers():
-            x = layer(x)
-        return x
+    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+        """(B, T) int64 -> logits (B, T, V). With (B, T) `documents` of a model that tells them apart."""
+        layers = [layer for _, layer in self.layers()]
+        return run_layers(layers, tokens, self.contexts(documents))
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """(B, T) int64 -> (B, T, C): everything but the head."""
-        x = tokens
-        for _, layer in self.layers()[:-1]:
-            x = layer(x)
-        return x
+        layers = [layer for _, layer in self.layers()[:-1]]
+        return run_layers(layers, tokens, self.contexts(None))
 
     @property
     def device(self) -> torch.device:

@@ -6,10 +6,10 @@ Source: Radford et al. 2019, section 2.3, and OpenAI's published code (src/model
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megagpt.model.context import WHOLE_ROWS, Context
 from megagpt.model.layers import Attention, AttentionCore, Block, CacheStep, Embedding, dropout_layer
 
 
@@ -22,11 +22,12 @@ class GPT2Embedding(Embedding):
         self.positions = nn.Embedding(max_seq_len, d_model)
         self.dropout = dropout_layer(dropout)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, *, context: Context = WHOLE_ROWS) -> Tensor:
         """(B, T) int64 -> (B, T, C)."""
         # Through the module, not by slicing its weight: ZeRO-3 gathers a weight when its module is called.
         T = tokens.shape[1]
-        positions = self.positions(torch.arange(T, device=tokens.device) + self.stretch * T)
+        here = slice(self.stretch * T, (self.stretch + 1) * T)
+        positions = self.positions(context.positions(here, tokens.device))
         return self.dropout(self.tokens(tokens) + positions)
 
     def at(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -47,10 +48,10 @@ class GPT2Attention(Attention):
         self.output = nn.Linear(d_model, d_model)
         self.dropout = dropout_layer(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, context: Context = WHOLE_ROWS) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         q, k, v = self._project(x)
-        return self.dropout(self.output(self.core(q, k, v)))
+        return self.dropout(self.output(self.core(q, k, v, context.visible)))
 
     def decode(self, x: Tensor, step: CacheStep, layer: int) -> Tensor:
         """(B, T, C) new tokens -> (B, T, C)."""

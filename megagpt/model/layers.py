@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from megagpt.model.attention import Attend, whole_sdpa
+from megagpt.model.context import WHOLE_ROWS, Context
 
 
 class KVCache:
@@ -88,18 +92,11 @@ class AttentionCore(nn.Module):
         super().__init__()
         self.grouped = n_head != n_kv_head
         self.dropout = dropout
+        self.attend: Attend = whole_sdpa
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(B, T, H, D), (B, T, K, D), (B, T, K, D) -> (B, T, H * D)."""
-        attended = F.scaled_dot_product_attention(
-            q.transpose(1, 2),  # (B, H, T, D)
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            dropout_p=self.dropout * self.training,
-            is_causal=True,
-            enable_gqa=self.grouped,
-        )
-        return attended.transpose(1, 2).flatten(2)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Any = None) -> Tensor:
+        """(B, T, H, D), (B, T, K, D), (B, T, K, D), `Context.visible` -> (B, T, H * D)."""
+        return self.attend(q, k, v, visible, dropout=self.dropout * self.training, grouped=self.grouped)
 
     def decode(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
         """(B, T, H, D) queries over (B, S, K, D) stored keys and values -> (B, T, H * D)."""
@@ -139,9 +136,9 @@ class Block(nn.Module):
         self.feed_forward_norm = feed_forward_norm
         self.feed_forward = feed_forward
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, context: Context = WHOLE_ROWS) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        x = x + self.attention(self.attention_norm(x))
+        x = x + self.attention(self.attention_norm(x), context=context)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
     def decode(self, x: Tensor, step: CacheStep, layer: int) -> Tensor:

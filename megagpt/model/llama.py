@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megagpt.model.context import WHOLE_ROWS, Context
 from megagpt.model.layers import Attention, AttentionCore, Block, CacheStep, Embedding
 from megagpt.model.rotary import Rotary
 
@@ -22,7 +23,7 @@ class LlamaEmbedding(Embedding):
         super().__init__()
         self.tokens = nn.Embedding(vocab_size, d_model)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, *, context: Context = WHOLE_ROWS) -> Tensor:  # noqa: ARG002
         """(B, T) int64 -> (B, T, C)."""
         return self.tokens(tokens)
 
@@ -63,12 +64,12 @@ class LlamaAttention(Attention):
         self.core = AttentionCore(n_head, n_kv_head)
         self.output = nn.Linear(d_model, d_model, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, context: Context = WHOLE_ROWS) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         qk, v = self._project(x)
         # Queries and keys are turned together: one set of kernels instead of two.
-        q, k = torch.split(self.rotary(qk), [self.n_head, self.n_kv_head], dim=2)
-        return self.output(self.core(q, k, v))
+        q, k = torch.split(self.rotary(qk, context=context), [self.n_head, self.n_kv_head], dim=2)
+        return self.output(self.core(q, k, v, context.visible))
 
     def decode(self, x: Tensor, step: CacheStep, layer: int) -> Tensor:
         """(B, T, C) new tokens -> (B, T, C)."""

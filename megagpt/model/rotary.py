@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from megagpt.model.context import WHOLE_ROWS, Context
+
 
 class Rotary(nn.Module):
     """Tables of cosines and sines, and the turn itself; one object serves all blocks of a model.
@@ -40,11 +42,11 @@ class Rotary(nn.Module):
             self.cos.copy_(angles.cos())
             self.sin.copy_(angles.sin())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, H, D) at the T positions of its stretch -> the same shape, turned."""
+    def forward(self, x: Tensor, *, context: Context = WHOLE_ROWS) -> Tensor:
+        """(B, T, H, D) at the context's positions of its stretch -> the same shape, turned."""
         T = x.shape[1]
         here = slice(self.stretch * T, (self.stretch + 1) * T)
-        return _turn(x, self.cos[here], self.sin[here])
+        return _turn(x, context.rows(self.cos, here), context.rows(self.sin, here))
 
     def at(self, x: Tensor, positions: Tensor) -> Tensor:
         """(B, T, H, D) at (B, T) positions -> the same shape, turned."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megagpt.config.schema import LlamaModel, TrainingRun
+from megagpt.config.schema import GPT2Model, LlamaModel, TrainingRun
 from megagpt.errors import ConfigError
 from megagpt.parallel.stages import n_parts
 
@@ -24,6 +24,8 @@ class BatchPlan:
     """Tokens a sequence."""
     model_parallel: int = 1
     """Processes that work on the same samples: tensor x pipeline x sequence."""
+    isolate_documents: bool = False
+    """Batches tell which document each token belongs to."""
 
     @property
     def world_size(self) -> int:
@@ -37,7 +39,7 @@ class BatchPlan:
 
     @property
     def tokens_per_step(self) -> int:
-        """Target tokens an optimizer step."""
+        """Tokens that an optimizer step reads. With isolated documents a few less are targets."""
         return self.global_batch_size * self.seq_len
 
     def sample_indices(self, step: int, data_parallel_rank: int) -> list[range]:
@@ -139,6 +141,22 @@ REFUSALS: tuple[Refusal, ...] = (
         "parallel.sequence=1",
     ),
     Refusal(
+        lambda c: c.train.attention in ("flex", "varlen") and not c.data.isolate_documents,
+        "train.attention=flex or varlen without data.isolate_documents: they are for samples of several documents that "
+        "do not see each other, and slower than PyTorch's own kernel where there is nothing to skip",
+        "train.attention=auto, or data.isolate_documents=true",
+    ),
+    Refusal(
+        lambda c: c.train.attention in ("flex", "varlen") and isinstance(c.model, GPT2Model) and c.model.dropout > 0,
+        "train.attention=flex or varlen with model.dropout: these kernels have no dropout",
+        "model.dropout=0, or train.attention=auto",
+    ),
+    Refusal(
+        lambda c: c.train.attention in ("flash", "varlen") and c.train.dtype == "fp32",
+        "train.attention=flash or varlen with train.dtype=fp32: these kernels compute in bf16 and fp16",
+        "train.dtype=bf16, or train.attention=auto",
+    ),
+    Refusal(
         lambda c: c.parallel.tensor_sequence and c.parallel.tensor == 1,
         "parallel.tensor_sequence with parallel.tensor=1: there is no tensor group to share out a sequence in",
         "parallel.tensor=2 or more, or parallel.tensor_sequence=false",
@@ -225,7 +243,8 @@ def plan_batches(config: TrainingRun, world_size: int) -> BatchPlan:
             f"train.global_batch_size ({wanted}) must be a multiple of data-parallel processes ({data_parallel}) "
             f"x train.micro_batch_size ({micro}) = {width}; the nearest that fit: {nearest}"
         )
-    plan = BatchPlan(data_parallel, micro, wanted // width, config.model.max_seq_len, model_parallel)
+    isolate = config.data.isolate_documents
+    plan = BatchPlan(data_parallel, micro, wanted // width, config.model.max_seq_len, model_parallel, isolate)
     if config.parallel.pipeline_schedule == "dualpipev" and plan.grad_accum_steps < n_parts(config.parallel):
         raise ConfigError(
             f"parallel.pipeline_schedule=dualpipev needs {n_parts(config.parallel)} micro-batches a step or more, and "

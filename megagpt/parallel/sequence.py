@@ -10,6 +10,8 @@ K are the heads that are left to one process of the tensor group.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -37,12 +39,13 @@ class SequenceParallelCore(nn.Module):
         self.group = group
         self.size = size
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(B, T / s, H, D), (B, T / s, K, D), (B, T / s, K, D) -> (B, T / s, H * D)."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Any = None) -> Tensor:
+        """(B, T / s, H, D), (B, T / s, K, D), (B, T / s, K, D) -> (B, T / s, H * D); `visible` is of whole rows."""
         sent = [self._heads_of_each(x) for x in (q, k, v)]
         received = exchange(torch.cat(sent, dim=-2), self.group)  # (s, B, T / s, heads, D), a stretch from each
         whole = received.movedim(0, 1).flatten(1, 2)  # (B, T, heads, D)
-        attended: Tensor = self.core(*torch.split(whole, [x.shape[-2] for x in sent], dim=-2))  # (B, T, H / s * D)
+        heads = torch.split(whole, [x.shape[-2] for x in sent], dim=-2)
+        attended: Tensor = self.core(*heads, visible)  # (B, T, H / s * D)
         stretches = torch.unflatten(attended, 1, (self.size, -1)).movedim(1, 0)
         return exchange(stretches, self.group).movedim(0, -2).flatten(-2)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -133,8 +134,8 @@ class SequencePositions(nn.Embedding):
         self.region = region
 
     def forward(self, positions: Tensor) -> Tensor:
-        """(T,) -> (T / n, C)."""
-        return super().forward(positions.tensor_split(self.region.size)[self.region.rank])
+        """(T,) or (B, T) -> (T / n, C) or (B, T / n, C)."""
+        return super().forward(positions.tensor_split(self.region.size, dim=-1)[self.region.rank])
 
 
 class RankedAttentionCore(AttentionCore):
@@ -145,10 +146,10 @@ class RankedAttentionCore(AttentionCore):
         self.grouped = grouped
         self.region = region
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Any = None) -> Tensor:
         """As its base."""
         with own_random_numbers(self.region.rank, q.device):
-            return super().forward(q, k, v)
+            return super().forward(q, k, v, visible)
 
 
 class RankedDropout(nn.Dropout):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from megagpt.config.schema import TrainingRun
-from megagpt.engine.engine import Engine
+from megagpt.config.schema import GPT2Model, TrainingRun
+from megagpt.engine.engine import TORCH_DTYPES, Engine
 from megagpt.engine.pipeline import PipelinedEngine
+from megagpt.model.attention import ChosenAttention, Sizes, choose_attention
 from megagpt.model.build import build_model
-from megagpt.model.decoder import Decoder
+from megagpt.model.decoder import Decoder, use_attention
 from megagpt.model.init import init_weights
 from megagpt.model.recompute import apply_recompute
 from megagpt.parallel.apply_tensor import apply_tensor_parallel
@@ -22,9 +23,25 @@ from megagpt.train.optim import parameter_groups
 def build_engine(config: TrainingRun, plan: BatchPlan, mesh: Mesh) -> Engine:
     """The engine of this process. Every process of the world calls it."""
     model = build_share(config, mesh)
+    use_attention(model, attention_of(config, mesh.device.type))
     apply_recompute(model, config.train.recompute)
     engine = PipelinedEngine if mesh.pipeline > 1 else Engine
     return engine(model, parameter_groups(model, config.optim.weight_decay), config, plan, mesh)
+
+
+def attention_of(config: TrainingRun, device_type: str) -> ChosenAttention:
+    """What `train.attention` means for this run on such a device.
+
+    Raises:
+        ConfigError: it cannot be used there; says why.
+    """
+    sizes = Sizes(
+        device_type=device_type,
+        dtype=TORCH_DTYPES[config.train.dtype],
+        d_head=config.model.d_model // config.model.n_head,
+        dropout=config.model.dropout if isinstance(config.model, GPT2Model) else 0.0,
+    )
+    return choose_attention(config.train.attention, sizes, packed=config.data.isolate_documents)
 
 
 def build_share(config: TrainingRun, mesh: Mesh) -> Decoder:

@@ -17,6 +17,7 @@ _PACKAGES = (
     "megagpt",
     "torch",
     "deepspeed",
+    "flash_attn",
     "numpy",
     "safetensors",
     "tokenizers",

@@ -32,7 +32,7 @@ from megagpt.parallel.mesh import Mesh
 from megagpt.parallel.plan import BatchPlan, plan_batches
 from megagpt.tokenizer import Tokenizer
 from megagpt.train.batches import TrainBatches, ValidationBatches
-from megagpt.train.build import build_engine
+from megagpt.train.build import attention_of, build_engine
 from megagpt.train.command import USAGE, Launch, parse_arguments
 from megagpt.train.compatible import changed_values, check_resumable, check_tokens
 from megagpt.train.describe import check_run, describe_plan, package_versions
@@ -209,6 +209,7 @@ def _write_run_files(config: TrainingRun, plan: BatchPlan, engine: Engine, ident
     run_dir = config.run.dir
     run_dir.mkdir(parents=True, exist_ok=True)
     described = describe_plan(config, plan) | {"optimizer": engine.optimizer_class}
+    described["attention"] = attention_of(config, engine.mesh.device.type).name
     data = read_manifest(_first_prefix(config))
     described["data_manifest_hash"] = data.hash if data is not None else None
     write_file(run_dir / "config.yaml", dump_config(config).encode())

@@ -80,6 +80,13 @@ REFUSED = {
         "model.n_kv_head=6",
         "parallel.sequence=4",
     ),
+    "train.attention=flex or varlen without": ("train.attention=flex",),
+    "train.attention=flex or varlen with model.dropout": (
+        "train.attention=flex",
+        "data.isolate_documents=true",
+        "model.dropout=0.1",
+    ),
+    "train.attention=flash or varlen with train.dtype=fp32": ("train.attention=flash",),
     "parallel.tensor_sequence with parallel.tensor=1": ("parallel.tensor_sequence=true",),
     "parallel.tensor_sequence: parallel.tensor does not divide model.max_seq_len": (
         "parallel.tensor_sequence=true",

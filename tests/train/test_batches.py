@@ -63,6 +63,21 @@ def test_sequences_that_do_not_divide_all_count_once_in_equally_many_batches(seq
     assert len({tuple(batch.inputs.shape for batch in one) for one in shared}) == 1
 
 
+@pytest.mark.parametrize("counted_sequences", [7, 12])
+def test_isolated_documents_are_told_and_their_first_tokens_are_no_targets(counted_sequences, tokens, val_tokens):
+    """In these files 0 ends every document and nothing else."""
+    plan = BatchPlan(1, 5, 2, SEQ, isolate_documents=True)
+    validation = ValidationBatches(val_tokens, counted_sequences, plan, mesh(0, 1))
+    batches = [*TrainBatches(open_mixture(tokens, SEQ, 7), plan, mesh(0, 1)).step(2), *validation]
+    for batch in batches:
+        assert batch.documents.shape == batch.inputs.shape
+        ended = torch.nn.functional.pad((batch.inputs == 0).cumsum(dim=1)[:, :-1], (1, 0))
+        assert torch.equal(batch.documents, ended.int())
+        fillers = (batch.targets == IGNORED_TARGET).all(dim=1)
+        assert torch.equal((batch.targets == IGNORED_TARGET)[~fillers], (batch.inputs == 0)[~fillers])
+    assert sum(not row.eq(IGNORED_TARGET).all() for batch in validation for row in batch.targets) == counted_sequences
+
+
 def counted_rows(processes):
     return rows_of(batch for one in processes for batch in one)
 
