@@ -7,6 +7,7 @@ and loads no torch.
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,60 @@ def train(configs: tuple[str, ...], processes: int | None, launcher_args: str, c
         return
     command = launcher_command(processes, launcher_args, configs)
     os.execve(command[0], command, os.environ | {"PYTHONUNBUFFERED": "1"})  # signals then reach the launcher itself
+
+
+@main.command(
+    context_settings=WITH_EXTRA_WORDS,
+    **examples(
+        "megagpt verify configs/quickstart.yaml",
+        "megagpt verify --processes 4 configs/quickstart.yaml parallel.tensor=2 parallel.zero_stage=3",
+        "megagpt verify --world-size 64 configs/model/llama_7b.yaml configs/cluster/a100_8x8_llama_7b.yaml my_run.yaml",
+    ),
+)
+@click.argument("configs", nargs=-1, required=True)
+@click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    help="Processes to start here; by default as few as hold the layout, and 8 at most.",
+)
+@click.option(
+    "--world-size",
+    type=click.IntRange(min=1),
+    help="Processes of the real run: says whether it accumulates gradients, and whether it is data-parallel.",
+)
+@click.option("--steps", type=click.IntRange(min=1), default=5, show_default=True, help="Optimizer steps.")
+@click.option(
+    "--seconds", type=click.FloatRange(min=1), default=600.0, show_default=True, help="To wait for the processes."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def verify(configs: tuple[str, ...], as_json: bool, **options: Any) -> None:  # noqa: FBT001
+    """Prove that a run's layout trains as one process does, on this host's CPU.
+
+    CONFIGS are those of `megagpt train`. The model and batch are made small, the layout, precision, recomputation and
+    optimizer are kept (dropout is not). The same run is made in plain PyTorch without DeepSpeed; samples, initial
+    weights, losses, gradient norms, moments and weights are compared. Neither data nor a GPU is needed. Exit code 0:
+    all agrees; 1: something differs, and the table says what; 2: the configuration is refused.
+    """
+    from rich.console import Console
+
+    from megagpt.train.command import parse_arguments
+    from megagpt.verify.run import Request, started_processes
+    from megagpt.verify.run import verify as verify_layout
+    from megagpt.verify.show import show
+
+    config = parse_arguments(configs).load()
+    progress = Console(stderr=True)
+    with progress.status("") as status:
+        say = status.update if progress.is_terminal else lambda text: progress.print(text, highlight=False)
+        verdict = verify_layout(config, Request(**options), partial(started_processes, os.environ), say)
+    if as_json:
+        click.echo(verdict.to_json())
+    else:
+        console = Console()
+        if not console.is_terminal:  # a log file has no width
+            console.width = 160
+        show(verdict, console)
+    click.get_current_context().exit(0 if verdict.ok else 1)
 
 
 @main.command(

@@ -40,6 +40,7 @@ def owned_slices(optimizer: Any, model: Decoder, mesh: Mesh) -> Iterator[TensorS
         mesh: this process's place.
     """
     _link_optimizer_states(optimizer)
+    has_moments = adam_step(optimizer) > 0
     for name, parameter in model.named_parameters():
         shard = model.shards.get(name)
         if mesh.tensor_rank > 0 and (shard is None or not shard.is_cut):
@@ -47,7 +48,7 @@ def owned_slices(optimizer: Any, model: Decoder, mesh: Mesh) -> Iterator[TensorS
         if model.logical_name(name) != name:
             continue  # the first stage writes what it shares with the last
         if hasattr(parameter, "ds_tensor"):
-            found = _zero3_slice(name, parameter, mesh.zero_rank)
+            found = _zero3_slice(name, parameter, mesh.zero_rank, has_moments=has_moments)
         elif hasattr(parameter, "_hp_mapping"):
             found = _flat_partition_slice(name, parameter)
         else:
@@ -143,13 +144,15 @@ def _flat_partition_slice(name: str, parameter: Any) -> TensorSlice | None:
     return TensorSlice(name, tuple(parameter.shape), mapping.lp_fragment_address.start, values)
 
 
-def _zero3_slice(name: str, parameter: Any, rank: int) -> TensorSlice | None:
+def _zero3_slice(name: str, parameter: Any, rank: int, *, has_moments: bool) -> TensorSlice | None:
     start, numel = _zero3_extent(parameter, rank)
     if not numel:
         return None
-    values = {WEIGHT: safe_get_local_fp32_param(parameter)[:numel]}
-    for kind in MOMENTS:
-        values[kind] = safe_get_local_optimizer_state(parameter, kind)[:numel]
+    weight = safe_get_local_fp32_param(parameter)[:numel]
+    values = {WEIGHT: weight}
+    for kind in MOMENTS:  # before the first update there are none
+        found = safe_get_local_optimizer_state(parameter, kind)[:numel] if has_moments else torch.zeros_like(weight)
+        values[kind] = found
     return TensorSlice(name, tuple(parameter.ds_shape), start, values)
 
 

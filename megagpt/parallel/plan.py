@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from megagpt.config.schema import GPT2Model, LlamaModel, TrainingRun
 from megagpt.errors import ConfigError
+from megagpt.parallel.nearest import in_words, nearest_layouts
 from megagpt.parallel.stages import n_parts
 
 
@@ -167,6 +168,12 @@ REFUSALS: tuple[Refusal, ...] = (
         "tensor group has of a sample",
         "a multiple of parallel.tensor x parallel.sequence for model.max_seq_len, or parallel.tensor_sequence=false",
     ),
+    Refusal(
+        lambda c: "compile" in c.parallel.extra,
+        "parallel.extra.compile: this version has no DeepCompile; DeepSpeed 0.19.8 would train without it and say "
+        "nothing, and has none for a pipeline or ZeRO-0",
+        "the configuration without this key",
+    ),
 )
 """What cannot be run, as data: the configuration check, `--check` and the tests read this one table."""
 
@@ -209,27 +216,57 @@ def _kv_channels(config: TrainingRun) -> int:
     return _n_kv_head(config) * (config.model.d_model // config.model.n_head)
 
 
-def check_layout(config: TrainingRun) -> None:
+def check_layout(config: TrainingRun, world_size: int | None = None) -> None:
     """Refuse a layout that would fail late or train wrongly.
 
+    Args:
+        config: the run.
+        world_size: number of processes, None where it is not known.
+
     Raises:
-        ConfigError: naming the reason and what to write instead.
+        ConfigError: naming each reason, what to write instead, and the two nearest layouts that run.
     """
-    refused = [rule for rule in REFUSALS if rule.applies(config)]
+    refused = _refused(config)
     if refused:
-        raise ConfigError("\n".join(f"{rule.reason}; use {rule.instead}" for rule in refused))
+        reasons = "\n".join(f"{rule.reason}; use {rule.instead}" for rule in refused)
+        raise ConfigError(f"{reasons}; {_nearest(config, world_size)}")
+
+
+def is_legal(config: TrainingRun, world_size: int | None = None) -> bool:
+    """Whether a layout runs: nothing refuses it, and the batch divides over so many processes where that is known."""
+    return not _refused(config) and (world_size is None or isinstance(_divide(config, world_size), BatchPlan))
 
 
 def plan_batches(config: TrainingRun, world_size: int) -> BatchPlan:
     """Divide the global batch over `world_size` processes.
 
     Raises:
-        ConfigError: the numbers do not divide; says the nearest global batch sizes that do.
+        ConfigError: the layout is refused, or the numbers do not divide; says the nearest that do.
     """
-    check_layout(config)
+    check_layout(config, world_size)
+    plan = _divide(config, world_size)
+    if isinstance(plan, str):
+        raise ConfigError(f"{plan}; {_nearest(config, world_size)}")
+    return plan
+
+
+def _refused(config: TrainingRun) -> list[Refusal]:
+    return [rule for rule in REFUSALS if rule.applies(config)]
+
+
+def _nearest(config: TrainingRun, world_size: int | None) -> str:
+    found = nearest_layouts(config, world_size, lambda candidate: is_legal(candidate, world_size))
+    if not found:
+        of_these = f" of {world_size} processes" if world_size is not None else ""
+        return f"no layout{of_these} runs with the rest of the configuration as it is"
+    return f"nearest layout{'s' * (len(found) > 1)} that run{'s' * (len(found) == 1)}: {in_words(config, found)}"
+
+
+def _divide(config: TrainingRun, world_size: int) -> BatchPlan | str:
+    """The batch over so many processes, or why it does not divide."""
     model_parallel = config.parallel.tensor * config.parallel.pipeline * config.parallel.sequence
     if world_size % model_parallel:
-        raise ConfigError(
+        return (
             f"{world_size} processes cannot hold tensor x pipeline x sequence = {model_parallel}; "
             f"start a multiple of {model_parallel}"
         )
@@ -239,14 +276,14 @@ def plan_batches(config: TrainingRun, world_size: int) -> BatchPlan:
     if wanted % width:
         below, above = wanted // width * width, (wanted // width + 1) * width
         nearest = f"{below} or {above}" if below else str(above)
-        raise ConfigError(
+        return (
             f"train.global_batch_size ({wanted}) must be a multiple of data-parallel processes ({data_parallel}) "
             f"x train.micro_batch_size ({micro}) = {width}; the nearest that fit: {nearest}"
         )
     isolate = config.data.isolate_documents
     plan = BatchPlan(data_parallel, micro, wanted // width, config.model.max_seq_len, model_parallel, isolate)
     if config.parallel.pipeline_schedule == "dualpipev" and plan.grad_accum_steps < n_parts(config.parallel):
-        raise ConfigError(
+        return (
             f"parallel.pipeline_schedule=dualpipev needs {n_parts(config.parallel)} micro-batches a step or more, and "
             f"{wanted} sequences / {data_parallel} processes / {micro} a micro-batch = {plan.grad_accum_steps}; "
             "raise train.global_batch_size, lower train.micro_batch_size, or use parallel.pipeline_schedule=1f1b"

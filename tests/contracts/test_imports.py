@@ -22,6 +22,8 @@ LIGHT = [
     "megagpt.data.order",
     "megagpt.tokenizer",
     "megagpt.parallel.plan",
+    "megagpt.parallel.legal",
+    "megagpt.verify.shrink",
     "megagpt.train.command",
     "megagpt.train.describe",
     *sorted(

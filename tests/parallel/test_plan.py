@@ -36,7 +36,7 @@ def test_a_step_is_divided_over_processes_and_micro_batches(config):
 
 @pytest.mark.parametrize(
     ("world_size", "batch", "micro", "nearest"),
-    [(3, 8, 2, "= 6; the nearest that fit: 6 or 12"), (4, 4, 2, "= 8; the nearest that fit: 8$"), (5, 12, 4, "= 20")],
+    [(3, 8, 2, "= 6; the nearest that fit: 6 or 12"), (4, 4, 2, "= 8; the nearest that fit: 8;"), (5, 12, 4, "= 20")],
 )
 def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_that_do(world_size, batch, micro, nearest, config):
     with pytest.raises(ConfigError, match=rf"train.global_batch_size \({batch}\) must be a multiple.*{nearest}"):
@@ -93,6 +93,7 @@ REFUSED = {
         "parallel.tensor=2",
         "model.max_seq_len=17",
     ),
+    "parallel.extra.compile": ("parallel.extra.compile.deepcompile=true",),
 }
 
 
