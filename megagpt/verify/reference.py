@@ -5,10 +5,12 @@ It shares with a run the model as one process has it, its initial weights, and w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,6 +23,7 @@ from megagpt.model.init import init_weights
 from megagpt.train.schedule import lr_schedule
 from megagpt.verify.tokens import fingerprint
 
+IntArray = npt.NDArray[Any]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -59,10 +62,12 @@ def reference_course(config: TrainingRun, after_step: Callable[[int], None] = la
     batch = config.train.global_batch_size
     course = Course(initial={name: value.detach().clone() for name, value in master.items()}, first_lr=schedule(0))
     for step in range(config.train.max_steps):
-        samples = [mixture.sample(step * batch + row) for row in range(batch)]
-        course.samples.append([fingerprint(sample) for sample in samples])
-        micro_batches = torch.from_numpy(np.stack(samples)).chunk(len(samples) // config.train.micro_batch_size)
-        loss, gradients = _gradients(model, master, micro_batches)
+        numbers = range(step * batch, (step + 1) * batch)
+        windows = np.stack([mixture.sample(number) for number in numbers])
+        course.samples.append([fingerprint(window[:-1]) for window in windows])
+        # Without isolated documents a window is one text.
+        of_texts = np.stack([mixture.documents(number) for number in numbers]) * config.data.isolate_documents
+        loss, gradients = _gradients(model, master, _texts(windows, of_texts), config.train.micro_batch_size)
         course.losses.append(loss)
         course.grad_norms.append(_clip(gradients, config.optim.grad_clip))
         for name, value in master.items():
@@ -86,27 +91,48 @@ def _adamw(master: dict[str, Tensor], optim: OptimSection) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, eps=optim.eps)
 
 
+def _texts(windows: IntArray, of_texts: IntArray) -> list[list[Tensor]]:
+    """For each window its texts of two tokens or more, as (n,) tokens: each is read by itself."""
+    found = []
+    for window, numbers in zip(windows, of_texts, strict=True):
+        texts = [torch.from_numpy(window[numbers == number]) for number in np.unique(numbers)]
+        found.append([text for text in texts if len(text) > 1])
+    return found
+
+
 def _gradients(
-    model: Decoder, master: dict[str, Tensor], micro_batches: Sequence[Tensor]
+    model: Decoder, master: dict[str, Tensor], windows: list[list[Tensor]], micro_batch_size: int
 ) -> tuple[float, dict[str, Tensor]]:
-    """Mean loss in nats over micro-batches of (B, T + 1) tokens, and each parameter's gradient, added up in fp32."""
+    """Mean loss in nats over all texts' targets, and each parameter's gradient, added up in fp32."""
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(master[name])
     gradients = {name: torch.zeros_like(value) for name, value in master.items()}
-    n_targets = sum(tokens[:, 1:].numel() for tokens in micro_batches)
+    n_targets = sum(len(text) - 1 for texts in windows for text in texts)
     total = 0.0
-    for tokens in micro_batches:
+    for start in range(0, len(windows), micro_batch_size):
         model.zero_grad()
-        logits = model(tokens[:, :-1])
-        nll = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+        nll = _nll(model, windows[start : start + micro_batch_size])
         (nll / n_targets).backward()  # type: ignore[no-untyped-call]
         total += nll.item()
         for name, parameter in parameters.items():
             if parameter.grad is not None:
                 gradients[name] += parameter.grad.float()
     return total / n_targets, gradients
+
+
+def _nll(model: Decoder, windows: list[list[Tensor]]) -> Tensor:
+    """Summed over texts; those of the same length are run together, as the rows of a micro-batch are."""
+    by_length: dict[int, list[Tensor]] = {}
+    for text in (text for texts in windows for text in texts):
+        by_length.setdefault(len(text), []).append(text)
+    total = torch.zeros(())
+    for texts in by_length.values():
+        tokens = torch.stack(texts)
+        logits = model(tokens[:, :-1]).float().flatten(0, 1)
+        total = total + F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="sum")
+    return total
 
 
 def _clip(gradients: dict[str, Tensor], largest: float) -> float:

@@ -72,7 +72,10 @@ def check_deepspeed(words):
 
     given = parse_args(words)
     assert (ROOT / given.user_script).exists()
-    check_training_words(given.user_args)
+    if given.user_script == "launch/generate.py":
+        check_megagpt(["generate", *given.user_args])
+    else:
+        check_training_words(given.user_args)
 
 
 def check_make(words):

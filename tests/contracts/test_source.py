@@ -21,7 +21,9 @@ MAY_READ_THE_ENVIRONMENT = {
     "megagpt/doctor/probe.py",  # a program of its own: it is sent to each host, and tells what is there
     "megagpt/train/__main__.py",
     "megagpt/verify/__main__.py",
+    "launch/generate.py",
     "launch/pretrain.py",
+    "megagpt/cli_generate.py",
     "data_pipeline/executors/stage_run.py",  # reads nothing: tells worker processes how many threads to start
     "data_pipeline/executors/ray.py",  # reads nothing: tells Ray to report nothing to its makers
 }
