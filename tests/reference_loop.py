@@ -18,6 +18,7 @@ from megagpt.config.schema import TrainingRun
 from megagpt.data.mixture import open_mixture
 from megagpt.model.build import build_model
 from megagpt.model.init import init_weights
+from tests.reference_muon import PlainMuon, is_hidden
 
 
 @dataclass
@@ -50,8 +51,13 @@ def reference_run(
     optim, batch = config.optim, config.train.global_batch_size
     mixture = open_mixture(config.data.train, config.model.max_seq_len, config.run.seed)
     named = dict(model.named_parameters())
+    hidden = {n: p for n, p in named.items() if optim.name == "muon" and is_hidden(n, p)}
+    muon = PlainMuon(hidden, config)
     still = [name for name in named if "norm" in name or name.endswith(".bias") or "positions" in name]
-    decayed = {"params": [p for name, p in named.items() if name not in still], "weight_decay": optim.weight_decay}
+    decayed = {
+        "params": [p for name, p in named.items() if name not in (*still, *hidden)],
+        "weight_decay": optim.weight_decay,
+    }
     others = {"params": [named[name] for name in still], "weight_decay": 0.0}
     adamw = torch.optim.AdamW([decayed, others], lr=0.0, betas=optim.betas, eps=optim.eps)
     curve = Curve()
@@ -65,6 +71,7 @@ def reference_run(
         for group in adamw.param_groups:
             group["lr"] = learning_rate(step, config)
         adamw.step()
+        muon.step(learning_rate(step, config))
         adamw.zero_grad()
         curve.losses.append(loss.item())
         curve.grad_norms.append(norm.item())

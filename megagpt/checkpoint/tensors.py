@@ -1,7 +1,8 @@
 """Slices of logical tensors in safetensors files: what each rank writes, and how any layout reads what it needs.
 
-A rank's file holds, for each of its slices, three 1-D fp32 tensors `NAME|weight`, `NAME|exp_avg`, `NAME|exp_avg_sq`,
-and in the header's metadata `NAME -> {"shape", "start"}`: the logical tensor's shape and the slice's flat offset in it.
+A rank's file holds, for each of its slices, 1-D fp32 tensors of the same length: `NAME|weight`, and what the optimizer
+keeps of it: `NAME|exp_avg` and `NAME|exp_avg_sq` (AdamW), or `NAME|momentum` (Muon's matrices). The header's metadata
+has `NAME -> {"shape", "start"}`: the logical tensor's shape and the slice's flat offset in it.
 Where tensor parallelism cuts the tensor, `"shard"` names what this rank holds, and the offset counts in that:
 `{"dim", "spans"}`, the dimension that is cut and [start, size] of each stretch along it, in the order they are held.
 """
@@ -29,6 +30,9 @@ from megagpt.model.layout import Shard
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = (WEIGHT, *MOMENTS)
+"""What is kept of a tensor under AdamW."""
+MOMENTUM = "momentum"
+"""What Muon keeps of a matrix, instead of moments."""
 
 CHUNK_NUMEL = 2**22
 """Elements that are moved at a time between differently cut tensors: what bounds the memory of the index arithmetic."""
@@ -60,9 +64,9 @@ def write_slices(path: Path, slices: Iterable[TensorSlice]) -> tuple[int, str]:
     offset = 0
     for part in parts:
         header["__metadata__"][part.name] = json.dumps(_description(part))
-        for kind in KINDS:
-            end = offset + 4 * part.values[kind].numel()
-            entry = {"dtype": "F32", "shape": [part.values[kind].numel()], "data_offsets": [offset, end]}
+        for kind, values in part.values.items():
+            end = offset + 4 * values.numel()
+            entry = {"dtype": "F32", "shape": [values.numel()], "data_offsets": [offset, end]}
             header[f"{part.name}|{kind}"] = entry
             offset = end
     return fsio.write_file(path, _file_chunks(header, parts))
@@ -81,8 +85,8 @@ def _file_chunks(header: dict[str, Any], parts: Sequence[TensorSlice]) -> Iterat
     yield len(encoded).to_bytes(8, "little")
     yield encoded
     for part in parts:
-        for kind in KINDS:
-            values = part.values[kind].detach().to("cpu", torch.float32).contiguous()
+        for held in part.values.values():
+            values = held.detach().to("cpu", torch.float32).contiguous()
             yield values.numpy().view(np.uint8).data
 
 
@@ -92,9 +96,15 @@ class _Piece:
     numel: int
     file: Any
     spans: Spans
+    kinds: tuple[str, ...]
 
     def values(self, name: str, kind: str, begin: int, end: int) -> Tensor:
         """Elements `begin` to `end`, counted as `start` is."""
+        if kind not in self.kinds:
+            raise CheckpointError(
+                f"tensor '{name}' has no '{kind}' in the checkpoint (it has {', '.join(self.kinds)}): "
+                "it was saved under another optimizer"
+            )
         found: Tensor = self.file.get_slice(f"{name}|{kind}")[begin - self.start : end - self.start]
         return found
 
@@ -114,14 +124,19 @@ class SliceReader:
                 file = self._stack.enter_context(safe_open(path, framework="pt"))
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from None
+            kinds: dict[str, list[str]] = {}
+            for key in file.keys():  # noqa: SIM118 - not a mapping
+                name, _, kind = key.rpartition("|")
+                kinds.setdefault(name, []).append(kind)
             for name, described in (file.metadata() or {}).items():
-                self._add(name, json.loads(described), file)
+                self._add(name, json.loads(described), file, kinds[name])
 
-    def _add(self, name: str, described: dict[str, Any], file: Any) -> None:
+    def _add(self, name: str, described: dict[str, Any], file: Any, kinds: Iterable[str]) -> None:
         numel = file.get_slice(f"{name}|{WEIGHT}").get_shape()[0]
         self._shapes[name] = tuple(described["shape"])
         spans = Spans.from_description(self._shapes[name], described.get("shard"))
-        self._pieces.setdefault(name, []).append(_Piece(described["start"], numel, file, spans))
+        in_order = tuple(sorted(kinds, key=lambda kind: (kind != WEIGHT, kind)))
+        self._pieces.setdefault(name, []).append(_Piece(described["start"], numel, file, spans, in_order))
 
     def __enter__(self) -> Self:
         return self
@@ -136,12 +151,16 @@ class SliceReader:
         """Name -> shape of every logical tensor."""
         return self._shapes
 
+    def kinds(self, name: str) -> tuple[str, ...]:
+        """What is kept of a tensor: `WEIGHT`, then `MOMENTS` or `MOMENTUM`."""
+        return self._pieces[name][0].kinds
+
     def read(self, name: str, kind: str, start: int, numel: int, shard: Shard | None = None) -> Tensor:
         """`numel` values of a flattened logical tensor from `start` on, 1-D fp32.
 
         Args:
             name: the tensor's.
-            kind: one of `KINDS`.
+            kind: one of `KINDS`, or `MOMENTUM`.
             start: counts in the flattened tensor; in the flattened shard where one is given.
             numel: how many.
             shard: what the reader holds of the tensor; padding reads as 0.

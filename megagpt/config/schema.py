@@ -133,9 +133,29 @@ class DataSection(Section):
         return self
 
 
-class OptimSection(Section):
-    """AdamW and its schedule. Weight decay falls on matrices only: not on norms, biases and positions."""
+class MuonSection(Section):
+    """Muon, with `optim.name=muon`: the matrices of the blocks are updated by their momentum, orthogonalised."""
 
+    lr: PositiveFloat | None = None
+    """Peak learning rate of the matrices; without it `optim.lr`, which `scale: rms` is made for."""
+    scale: Literal["rms", "spectral"] = "rms"
+    """Factor on the update of a matrix (out, in). rms: 0.2 sqrt(max(out, in)), AdamW's usual size; spectral:
+    sqrt(max(1, out / in)), which wants a learning rate of its own (0.02 in the first write-up)."""
+    momentum: Probability = 0.95
+    """Decay of the momentum."""
+    nesterov: bool = True
+    """Look a step ahead along the momentum."""
+    ns_steps: PositiveInt = 5
+    """Newton-Schulz iterations that orthogonalise a matrix, in `train.dtype`."""
+
+
+class OptimSection(Section):
+    """The optimizer and its schedule. Weight decay falls on matrices only: not on norms, biases and positions."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw; or muon for the matrices of the blocks and AdamW for embeddings, head, norms and biases. muon works with
+    `zero_stage` 0 and 1 in fp32 and bf16, and with tensor parallelism."""
+    muon: MuonSection = MuonSection()
     lr: PositiveFloat
     """Peak learning rate."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
@@ -154,6 +174,12 @@ class OptimSection(Section):
     """Decoupled weight decay."""
     grad_clip: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0 means no clipping."""
+
+    @model_validator(mode="after")
+    def _check_muon(self) -> OptimSection:
+        if self.name != "muon" and self.muon != MuonSection():
+            raise ValueError(f"muon is set, but name is {self.name!r}; set name: muon, or leave muon out")
+        return self
 
 
 class TrainSection(Section):

@@ -44,16 +44,17 @@ def ds_config(config: TrainingRun, plan: BatchPlan) -> dict[str, Any]:
         ConfigError: `parallel.extra` holds a key that DeepSpeed does not know, one that megagpt sets, or the section
             of another precision.
     """
+    is_muon = config.optim.name == "muon"  # ShardedMuon clips, keeps fp32 weights and adds gradients up by itself
     settings: dict[str, Any] = {
         # Ulysses' sequence axis is folded into what DeepSpeed takes for data-parallel processes.
         "train_batch_size": plan.global_batch_size * config.parallel.sequence,
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.grad_accum_steps,
-        "gradient_clipping": config.optim.grad_clip,  # DeepSpeed clips at 1.0 where the key is absent
+        "gradient_clipping": 0.0 if is_muon else config.optim.grad_clip,  # it clips at 1.0 where the key is absent
         "steps_per_print": sys.maxsize,
         "zero_optimization": _zero(config),
     }
-    if config.train.dtype != "fp32":
+    if config.train.dtype != "fp32" and not is_muon:
         settings[config.train.dtype] = {"enabled": True}
         # By default bf16 accumulates in bf16, and buffers stay in fp32: turned queries would not fit to the values.
         settings["data_types"] = {"grad_accum_dtype": "fp32", "buffer_dtype": config.train.dtype}
@@ -75,7 +76,7 @@ def ds_config(config: TrainingRun, plan: BatchPlan) -> dict[str, Any]:
 
 
 def _zero(config: TrainingRun) -> dict[str, Any]:
-    stage = config.parallel.zero_stage
+    stage = config.parallel.zero_stage if config.optim.name == "adamw" else 0
     settings: dict[str, Any] = {"stage": stage}
     if stage in (1, 2):
         settings["contiguous_gradients"] = stage == 2

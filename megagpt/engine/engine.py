@@ -21,11 +21,13 @@ from megagpt.engine import slices
 from megagpt.engine.corrections import unname_shared_buffers, unscale_with_the_scale_of_the_step
 from megagpt.engine.ds_config import ds_config
 from megagpt.engine.replicas import check_replicas
+from megagpt.engine.sharded_muon import ShardedMuon
 from megagpt.errors import ConfigError, DataError, TrainingDiverged
 from megagpt.model.batch import TokenBatch
 from megagpt.model.decoder import Decoder
 from megagpt.parallel.apply_tensor import prepare_parameters
 from megagpt.parallel.mesh import Mesh
+from megagpt.parallel.norm import global_norm
 from megagpt.parallel.plan import BatchPlan
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -84,12 +86,21 @@ class Engine:
         self.model = model
         self.dtype = TORCH_DTYPES[config.train.dtype]
         self._zero_stage = config.parallel.zero_stage
+        self._norm_is_told = config.parallel.zero_stage > 0 or config.optim.name == "muon"
         self._fp16 = config.train.dtype == "fp16"
         _check_dtype(config.train.dtype, mesh.device)
         prepare_parameters(model, model.shards, mesh)
-        self._engine = self._initialize(_adamw(param_groups, config.optim, mesh.device), config)
+        self._engine = self._initialize(self._optimizer(param_groups, config), config)
         if self._fp16:
             unscale_with_the_scale_of_the_step(self._engine.optimizer)
+
+    def _optimizer(self, param_groups: list[dict[str, Any]], config: TrainingRun) -> torch.optim.Optimizer:
+        if config.optim.name == "adamw":
+            return _adamw(param_groups, config.optim, self.mesh.device)
+        is_sharded = config.parallel.zero_stage > 0
+        optimizer = ShardedMuon(self.model, param_groups, config.optim, self.mesh, sharded=is_sharded, dtype=self.dtype)
+        self.model.to(self.dtype)  # DeepSpeed is told fp32, in which it has no wrapper that would step in between
+        return optimizer
 
     def _initialize(self, optimizer: torch.optim.Optimizer, config: TrainingRun) -> Any:
         engine, *_ = deepspeed.initialize(
@@ -236,16 +247,10 @@ class Engine:
 
     def _norm_without_zero(self) -> float | None:
         """ZeRO-0 clips without telling the norm; gradients are reduced by now, so take it here."""
-        if self._zero_stage:
+        if self._norm_is_told:
             return None
-        whole: list[Tensor] = []
-        cut: list[Tensor] = []
-        for name, parameter in self.model.named_parameters():
-            if parameter.grad is not None:
-                is_cut = name in self.model.shards and self.model.shards[name].is_cut
-                (cut if is_cut else whole).append(parameter.grad)
-        (cut_squared,) = self.mesh.sum_over_tensor(float(torch.nn.utils.get_total_norm(cut)) ** 2)
-        return math.hypot(math.sqrt(cut_squared), float(torch.nn.utils.get_total_norm(whole)))
+        gradients = [(name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None]
+        return global_norm(gradients, self.model.shards, self.mesh)
 
     def _outcome(self, loss: float, norm: float | None, *, stop: bool) -> StepOutcome:
         applied = bool(self._engine.was_step_applied())

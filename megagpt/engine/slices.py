@@ -1,7 +1,8 @@
 """Which part of which logical tensor this process owns. The one file that touches DeepSpeed's private names.
 
 A logical tensor is a parameter of the model under its own name, as if there were one process. Each rank owns flat
-slices of some of them, in three values: the fp32 weight and both Adam moments. ZeRO-1/2 keep flat fp32 partitions whose
+slices of some of them, in three values: the fp32 weight and both Adam moments (Muon's matrices: the weight and its
+momentum; `ShardedMuon` knows by itself what it owns). ZeRO-1/2 keep flat fp32 partitions whose
 `_hp_mapping` says which parameter lies where; ZeRO-3 cuts every parameter evenly and has a public local API;
 ZeRO-0 owns everything everywhere, so that rank 0 speaks for all. Under tensor parallelism all of this happens to the
 part of the tensor that the process's tensor group gave it: offsets are those of that part.
@@ -23,6 +24,7 @@ from deepspeed.utils import (
 from torch import Tensor
 
 from megagpt.checkpoint.tensors import MOMENTS, WEIGHT, TensorSlice
+from megagpt.engine.sharded_muon import ShardedMuon
 from megagpt.model.decoder import Decoder
 from megagpt.model.layout import Shard
 from megagpt.parallel.mesh import Mesh
@@ -47,7 +49,9 @@ def owned_slices(optimizer: Any, model: Decoder, mesh: Mesh) -> Iterator[TensorS
             continue  # the first of the tensor group writes what all of them hold
         if model.logical_name(name) != name:
             continue  # the first stage writes what it shares with the last
-        if hasattr(parameter, "ds_tensor"):
+        if isinstance(optimizer, ShardedMuon):
+            found = optimizer.owned_slice(name, parameter)
+        elif hasattr(parameter, "ds_tensor"):
             found = _zero3_slice(name, parameter, mesh.zero_rank, has_moments=has_moments)
         elif hasattr(parameter, "_hp_mapping"):
             found = _flat_partition_slice(name, parameter)
@@ -70,6 +74,9 @@ def _without_padding(found: TensorSlice, shard: Shard) -> TensorSlice | None:
 
 def restore_slices(optimizer: Any, model: Decoder, rank: int, read: Reader, adam_step: int) -> None:
     """Fill this process's weights and optimizer state from logical tensors, whatever layout wrote them."""
+    if isinstance(optimizer, ShardedMuon):
+        optimizer.restore(read, adam_step)
+        return
     _make_optimizer_states(optimizer, adam_step)
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "ds_tensor"):
@@ -90,7 +97,9 @@ def restore_slices(optimizer: Any, model: Decoder, rank: int, read: Reader, adam
 
 
 def adam_step(optimizer: Any) -> int:
-    """Updates that Adam has made: the steps of the run less those that were skipped."""
+    """Updates that were made: the steps of the run less those that were skipped."""
+    if isinstance(optimizer, ShardedMuon):
+        return optimizer.steps
     inner = _inner_optimizer(optimizer)
     for flat in _flat_partitions(optimizer):
         if "step" in inner.state.get(flat, {}):

@@ -175,6 +175,15 @@ def memory_bytes(
     )
 
 
+def muon_state_bytes(config: ModelConfig) -> int:
+    """Bytes that Muon keeps on all processes together, whatever `train.dtype` is.
+
+    fp32 weights, one momentum for each matrix of the blocks, and two moments for everything else.
+    """
+    matrices = config.n_layer * _block_matmul_count(config)
+    return 8 * matrices + 12 * (parameter_count(config) - matrices)
+
+
 _LOGIT_BYTES = {"fp32": 12, "bf16": 12, "fp16": 12}
 """A logit in the model's type, its fp32 log-probability, and both gradients where the backward of the loss peaks:
 4 + 4 + 4 (fp32: the logits' gradient is the loss's), or 2 + 4 + 4 + 2."""

@@ -80,9 +80,15 @@ def prepare_parameters(model: nn.Module, shards: dict[str, Shard], mesh: Mesh) -
             parameter.register_hook(partial(summed, group=mesh.groups.tensor))  # type: ignore[no-untyped-call]
 
 
+def qkv_sizes(attention: Attention) -> tuple[int, int, int]:
+    """Rows of queries, keys and values in an attention's fused projection, as long as it is not cut."""
+    kv_size = attention.n_kv_head * attention.d_head
+    return attention.n_head * attention.d_head, kv_size, kv_size
+
+
 def _cut_attention(attention: Attention, region: Region) -> None:
-    d_head, n_head, n_kv_head = attention.d_head, attention.n_head, attention.n_kv_head
-    sub_sizes = (n_head * d_head, n_kv_head * d_head, n_kv_head * d_head)
+    n_head, n_kv_head = attention.n_head, attention.n_kv_head
+    sub_sizes = qkv_sizes(attention)
     if n_kv_head < region.size:
         attention.qkv = GroupedQKVLinear(attention.qkv, region, sub_sizes, n_kv_head)
     else:

@@ -63,9 +63,22 @@ class Refusal:
     instead: str
 
 
+DEEPSPEED_STATE = frozenset(
+    {
+        "bf16",
+        "fp16",
+        "data_types",
+        "torch_autocast",
+        "zero_optimization",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+    }
+)
+"""Keys of `parallel.extra` about the state that DeepSpeed keeps for an optimizer."""
+
 REFUSALS: tuple[Refusal, ...] = (
     Refusal(
-        lambda c: c.parallel.zero_stage == 0 and c.train.dtype != "fp32",
+        lambda c: c.parallel.zero_stage == 0 and c.train.dtype != "fp32" and c.optim.name == "adamw",
         "parallel.zero_stage=0 with bf16 or fp16: DeepSpeed 0.19.8 applies one update on zero gradients at start, "
         "so that Adam's bias correction is off from the first step",
         "parallel.zero_stage=1 (the same memory on one process), or train.dtype=fp32",
@@ -173,6 +186,29 @@ REFUSALS: tuple[Refusal, ...] = (
         "parallel.extra.compile: this version has no DeepCompile; DeepSpeed 0.19.8 would train without it and say "
         "nothing, and has none for a pipeline or ZeRO-0",
         "the configuration without this key",
+    ),
+    Refusal(
+        lambda c: c.optim.name == "muon" and c.parallel.zero_stage > 1,
+        "parallel.zero_stage above 1 with optim.name=muon: DeepSpeed cuts gradients and weights anywhere, Muon needs "
+        "whole matrices, and this version has no other sharding of gradients and weights",
+        "parallel.zero_stage=1, which shards Muon's own state by whole matrices, or optim.name=adamw",
+    ),
+    Refusal(
+        lambda c: c.optim.name == "muon" and c.parallel.pipeline > 1,
+        "parallel.pipeline above 1 with optim.name=muon: this version has no Muon in a pipeline, whose gradient "
+        "norm is that of all stages",
+        "parallel.pipeline=1 with parallel.tensor for larger models, or optim.name=adamw",
+    ),
+    Refusal(
+        lambda c: c.optim.name == "muon" and c.train.dtype == "fp16",
+        "train.dtype=fp16 with optim.name=muon: this version has no loss scaling for Muon",
+        "train.dtype=bf16, or optim.name=adamw",
+    ),
+    Refusal(
+        lambda c: c.optim.name == "muon" and not DEEPSPEED_STATE.isdisjoint(c.parallel.extra),
+        "parallel.extra sets DeepSpeed's sharding or precision (zero_optimization, bf16, data_types, ...) with "
+        "optim.name=muon: they would do nothing, because Muon keeps its state itself",
+        "the keys parallel.zero_stage and train.dtype, or optim.name=adamw",
     ),
 )
 """What cannot be run, as data: the configuration check, `--check` and the tests read this one table."""

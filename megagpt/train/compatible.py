@@ -13,8 +13,8 @@ from megagpt.data.mixture import Mixture, open_mixture
 from megagpt.errors import CheckpointError, ConfigError, DataError
 from megagpt.tokenizer import Tokenizer, open_recorded_tokenizer, open_tokenizer
 
-UNCHANGEABLE = ("model", "run.seed", "train.global_batch_size")
-"""Keys that a resumed run must keep: the weights' shapes, and which sample comes when."""
+UNCHANGEABLE = ("model", "run.seed", "train.global_batch_size", "optim.name")
+"""Keys that a resumed run must keep: the weights' shapes, which sample comes when, and what the optimizer remembers."""
 
 
 def check_tokens(config: TrainingRun, mixture: Mixture) -> Tokenizer | None:
@@ -51,7 +51,7 @@ def check_tokens(config: TrainingRun, mixture: Mixture) -> Tokenizer | None:
 
 
 def check_resumable(config: TrainingRun, manifest: Manifest, data_fingerprint: str, step_dir: Path) -> None:
-    """Refuse to go on from a checkpoint of another model or other data.
+    """Refuse to go on from a checkpoint of another model, optimizer or other data.
 
     Raises:
         CheckpointError: naming each difference, both values.
@@ -59,9 +59,10 @@ def check_resumable(config: TrainingRun, manifest: Manifest, data_fingerprint: s
     current = config.model_dump(mode="json")
     imported = manifest.data_fingerprint is None  # it has seen no samples yet, so any may come
     keys = UNCHANGEABLE[:1] if imported else UNCHANGEABLE
+    saved_config = {**manifest.config, "optim": {"name": "adamw", **manifest.config.get("optim", {})}}  # before Muon
     differences = [
         f"{at} is {saved!r} in the checkpoint, {now!r} in the configuration"
-        for at, (saved, now) in changed_values(manifest.config, current).items()
+        for at, (saved, now) in changed_values(saved_config, current).items()
         if any(f"{at}.".startswith(f"{key}.") for key in keys)
     ]
     if not imported and manifest.data_fingerprint != data_fingerprint and not differences:

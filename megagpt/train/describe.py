@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -62,6 +62,9 @@ def describe_plan(config: TrainingRun, plan: BatchPlan) -> dict[str, Any]:
         micro_batch_size=plan.micro_batch_size,
         recompute=config.train.recompute,
     )
+    if config.optim.name == "muon":
+        shared_by = plan.data_parallel if config.parallel.zero_stage else 1
+        memory = replace(memory, optimizer_bytes=flops.muon_state_bytes(config.model) / shared_by)
     samples = config.train.max_steps * plan.global_batch_size
     return {
         "parameters": flops.parameter_count(config.model),

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from megagpt.checkpoint.tensors import KINDS, SliceReader, TensorSlice, write_slices
+from megagpt.checkpoint.tensors import KINDS, MOMENTUM, WEIGHT, SliceReader, TensorSlice, write_slices
 from megagpt.errors import CheckpointError
 
 WHOLE = {kind: torch.randn(5, 7, generator=torch.Generator().manual_seed(i)) for i, kind in enumerate(KINDS)}
@@ -62,6 +62,20 @@ def test_a_missing_part_is_told(tmp_path):
         pytest.raises(CheckpointError, match=r"'w': 25 of 35 values from 0 on are in the checkpoint's files"),
     ):
         reader.read_whole("w")
+
+
+def test_each_tensor_keeps_what_its_optimizer_has(tmp_path):
+    values = torch.arange(4.0)
+    kept = {"matrix": (WEIGHT, MOMENTUM), "bias": KINDS}
+    slices = [TensorSlice(name, (4,), 0, dict.fromkeys(kinds, values)) for name, kinds in kept.items()]
+    write_slices(tmp_path / "f", slices)
+    with SliceReader([tmp_path / "f"]) as reader:
+        assert {name: reader.kinds(name) for name in kept} == kept
+        assert torch.equal(reader.read_whole("matrix", MOMENTUM), values)
+        with pytest.raises(
+            CheckpointError, match=r"'matrix' has no 'exp_avg' .*it has weight, momentum.*another optim"
+        ):
+            reader.read_whole("matrix", "exp_avg")
 
 
 def test_an_unknown_tensor_is_told(tmp_path):

@@ -164,6 +164,12 @@ def test_all_problems_come_at_once(tmp_path):
     ]
 
 
+def test_keys_of_muon_are_not_passed_over_under_another_optimizer(base):
+    assert "muon is set, but name is 'adamw'" in complaint([base], "optim.muon.momentum=0.9")
+    config = load_config(TrainingRun, [base], ["optim.name=muon", "optim.muon.momentum=0.9"])
+    assert config.optim.muon.momentum == 0.9
+
+
 def test_a_combination_that_cannot_work_names_where_its_keys_stand(base):
     assert complaint([base], "model.n_head=3") == (
         f"{base}, command line: model: d_model (8) must be a multiple of n_head (3)"

@@ -65,11 +65,21 @@ def finished(tmp_path_factory, command):
     return run_dir
 
 
-@pytest.mark.parametrize(("dtype", "stage"), [("fp32", 1), ("fp32", 3), ("bf16", 1), ("bf16", 3)])
-def test_a_resumed_run_is_bit_for_bit_the_unbroken_one(dtype, stage, tmp_path, command):
+@pytest.mark.parametrize(
+    ("dtype", "stage", "optimizer"),
+    [
+        ("fp32", 1, "adamw"),
+        ("fp32", 3, "adamw"),
+        ("bf16", 1, "adamw"),
+        ("bf16", 3, "adamw"),
+        ("fp32", 0, "muon"),
+        ("bf16", 1, "muon"),
+    ],
+)
+def test_a_resumed_run_is_bit_for_bit_the_unbroken_one(dtype, stage, optimizer, tmp_path, command):
     """With dropout: random numbers follow from seed, step and rank."""
     run_dir = tmp_path / "run"
-    words = command(run_dir, f"train.dtype={dtype}", f"parallel.zero_stage={stage}")
+    words = command(run_dir, f"train.dtype={dtype}", f"parallel.zero_stage={stage}", f"optim.name={optimizer}")
     assert run(words, tmp_path / "log")[0] == [0, 0]
     weights_and_moments, metrics = files_of(run_dir, 12), rows(run_dir)
     shutil.rmtree(step_dir(run_dir, 12))  # as if it had been killed before the last save
@@ -189,6 +199,17 @@ def test_a_checkpoint_of_another_model_seed_or_batch_is_refused_by_name(copied, 
         "run.seed is 1234 in the checkpoint, 5 in the configuration",
         "train.global_batch_size is 8 in the checkpoint, 16 in the configuration",
     )
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(copied, command, tmp_path):
+    words = command(copied, "train.max_steps=20", "optim.name=muon")
+    refused(words, tmp_path / "log", "optim.name is 'adamw' in the checkpoint, 'muon' in the configuration")
+    words = command(tmp_path / "muon", "optim.name=muon", "train.max_steps=3")
+    codes, output = run(words, tmp_path / "muon.log", world_size=1)
+    assert codes == [0], output
+    words = command(tmp_path / "muon", "train.max_steps=6")
+    expected = "optim.name is 'muon' in the checkpoint, 'adamw' in the configuration"
+    refused(words, tmp_path / "adamw.log", expected, world_size=1)
 
 
 def test_a_checkpoint_of_other_data_is_refused(copied, command, tmp_path):

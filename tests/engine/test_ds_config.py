@@ -49,6 +49,14 @@ def test_deepspeed_reads_our_values_as_they_are_meant(settings):
     assert parsed.buffer_dtype == "bf16"
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_under_muon_deepspeed_neither_clips_nor_shards_nor_wraps_the_optimizer(dtype, settings):
+    told = settings("optim.name=muon", f"train.dtype={dtype}", "optim.grad_clip=1", "parallel.zero_stage=1")
+    assert told["gradient_clipping"] == 0.0
+    assert told["zero_optimization"] == {"stage": 0}
+    assert told.keys().isdisjoint({"bf16", "fp16", "data_types"})
+
+
 BATCH_FOR_ONE = {"train_batch_size": 4}
 """This test is one process; the settings are for two."""
 

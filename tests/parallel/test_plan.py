@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -59,6 +61,7 @@ def test_the_ranks_of_any_layout_share_out_the_samples_of_a_step(data_parallel, 
 
 
 LLAMA = ("family=llama",)
+MUON = "optim.name=muon"
 
 REFUSED = {
     "zero_stage=0 with bf16": ("parallel.zero_stage=0", "train.dtype=bf16"),
@@ -94,6 +97,10 @@ REFUSED = {
         "model.max_seq_len=17",
     ),
     "parallel.extra.compile": ("parallel.extra.compile.deepcompile=true",),
+    "parallel.zero_stage above 1 with optim.name=muon": (MUON, "parallel.zero_stage=2"),
+    "parallel.pipeline above 1 with optim.name=muon": (MUON, "parallel.pipeline=2"),
+    "train.dtype=fp16 with optim.name=muon": (MUON, "train.dtype=fp16"),
+    "parallel.extra sets": (MUON, "parallel.extra={zero_optimization: {offload_optimizer: {device: cpu}}}"),
 }
 
 
@@ -160,6 +167,12 @@ def test_a_stretch_is_shared_out_further_in_a_tensor_group(config):
     check_layout(config(*words, "model.max_seq_len=20"))
     with pytest.raises(ConfigError, match=r"tensor x parallel.sequence for model.max_seq_len"):
         check_layout(config(*words, "model.max_seq_len=18"))
+
+
+def test_muon_is_allowed_without_and_with_its_own_sharding_in_fp32_and_bf16_and_with_tensor_parallelism(config):
+    for stage, dtype, tensor in product((0, 1), ("fp32", "bf16"), (1, 2)):
+        check_layout(config(MUON, f"parallel.zero_stage={stage}", f"train.dtype={dtype}", f"parallel.tensor={tensor}"))
+    check_layout(config(MUON, "parallel.extra={wall_clock_breakdown: true}"))
 
 
 def test_a_tensor_group_shares_its_samples(config):
