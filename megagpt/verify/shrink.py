@@ -63,8 +63,14 @@ def shrink(config: TrainingRun, folder: Path, *, steps: int, processes: int | No
         world_size: of the real run; None: two data-parallel processes, or one where the batch has but one micro-batch.
 
     Raises:
-        ConfigError: the configuration is refused as it is, or cannot be made to fit into so many processes.
+        ConfigError: the configuration is refused as it is, cannot be made to fit into so many processes, or has an
+            optimizer that the comparison does not know.
     """
+    if config.optim.name != "adamw":
+        raise ConfigError(
+            f"optim.name is {config.optim.name}, and verify compares with a plain AdamW loop; add optim.name=adamw to "
+            "the command to verify the layout"
+        )
     data_parallel, accumulates = _batch_shape(config, world_size)
     parallel, data_parallel = _fit(config.parallel, data_parallel, processes)
     parts = n_parts(parallel)

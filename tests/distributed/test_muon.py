@@ -48,27 +48,31 @@ class Layout:
     sequence: bool = False
     accumulation: int = 1
     dtype: str = "fp32"
+    ulysses: int = 1
 
     @property
     def name(self) -> str:
         return (
             f"{self.family}-{self.world_size}p-tensor{self.tensor}{'-sequence' * self.sequence}-zero{self.stage}"
-            f"-acc{self.accumulation}-{self.dtype}"
+            + f"-ulysses{self.ulysses}" * (self.ulysses > 1)
+            + f"-acc{self.accumulation}-{self.dtype}"
         )
 
     @property
-    def group(self) -> tuple[int, int]:
-        return self.world_size, self.tensor
+    def group(self) -> tuple[int, int, int]:
+        return self.world_size, self.tensor, self.ulysses
 
     def words(self) -> list[str]:
+        model_parallel = self.tensor * self.ulysses
         return [
             *MODELS[self.family][1:],
             *OPTIONS[self.family],
             "optim.name=muon",
             f"train.max_steps={STEPS}",
-            f"train.micro_batch_size={max(1, BATCH * self.tensor // self.world_size // self.accumulation)}",
+            f"train.micro_batch_size={max(1, BATCH * model_parallel // self.world_size // self.accumulation)}",
             f"train.dtype={self.dtype}",
             f"parallel.tensor={self.tensor}",
+            f"parallel.sequence={self.ulysses}",
             f"parallel.zero_stage={self.stage}",
             f"parallel.tensor_sequence={str(self.sequence).lower()}",
         ]
@@ -82,6 +86,7 @@ FAST = [
     Layout(2, 2, "gpt2", 1, sequence=True),
     Layout(2, 2, "llama", 1, accumulation=4),
     Layout(4, 2, "gpt2", 1),
+    Layout(2, 1, "llama", 1, ulysses=2),
 ]
 LOW_PRECISION = [
     Layout(2, 1, "gpt2", 1, accumulation=2, dtype="bf16"),
@@ -135,8 +140,8 @@ def measure(jobs, where):
     for layout, job in jobs:
         groups[layout.group].append(job)
     found = {}
-    for (world_size, tensor), members in groups.items():
-        name = f"{world_size}-{tensor}-{members[0].name}"
+    for (world_size, *degrees), members in groups.items():
+        name = f"{world_size}-{degrees}-{members[0].name}"
         start(run_jobs, world_size, members, where / f"{name}.json", log=where / f"{name}.log").finish(3000)
         found |= read_measured(where / f"{name}.json")
     return found
