@@ -225,6 +225,29 @@ class ParallelSection(Section):
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What DeepSpeed shards over data-parallel processes: 1 optimizer, 2 and gradients, 3 and weights.
     0 shards nothing and is allowed in fp32 only."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Where master weights and Adam moments live, and where the update is computed: none: on the device; cpu: in host
+    memory, with ZeRO 1 to 3. nvme, on local disks, is refused by this version."""
+    offload_weights: Literal["none", "cpu", "nvme"] = "none"
+    """ZeRO-3: where a process's part of the weights lives while it is not in use: none: on the device; cpu: in host
+    memory. nvme is refused by this version."""
+    overlap_communication: bool | None = None
+    """Reduce gradients while backward still runs. Unset: DeepSpeed's default, true with ZeRO-3 and false below."""
+    reduce_bucket_elements: PositiveInt | None = None
+    """Gradient elements that are reduced at once; twice as many bytes of buffer in bf16. Unset: DeepSpeed's 5e8."""
+    gather_bucket_elements: PositiveInt | None = None
+    """ZeRO-1 and 2: weight elements that are gathered at once after an update; even. Unset: DeepSpeed's 5e8."""
+    prefetch_elements: NonNegativeInt | None = None
+    """ZeRO-3: weight elements that are gathered ahead of their use. Unset: DeepSpeed's 5e7."""
+    keep_gathered_below_elements: NonNegativeInt | None = None
+    """ZeRO-3: a parameter of at most so many elements stays whole on every process. Unset: DeepSpeed's 1e5."""
+    max_live_elements: NonNegativeInt | None = None
+    """ZeRO-3: gathered weight elements that a process holds at once at most. Unset: DeepSpeed's 1e9."""
+    update_elements: PositiveInt | None = None
+    """ZeRO-3: elements of a process's part that are updated at once. Unset: DeepSpeed's 1e9."""
+    shard_within_node: PositiveInt | None = None
+    """ZeRO-3: so many neighbouring processes, usually those of a node, keep a second copy of the weights cut over them
+    alone, so that backward gathers within a node (ZeRO++ hpZ). Unset: no second copy."""
     extra: dict[str, Any] = Field(default_factory=dict)
     """Further DeepSpeed configuration keys, passed through; may not contradict what megagpt sets."""
 

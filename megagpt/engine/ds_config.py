@@ -6,7 +6,7 @@ import difflib
 import sys
 from typing import Any
 
-from megagpt.config.schema import TrainingRun
+from megagpt.config.schema import ParallelSection, TrainingRun
 from megagpt.errors import ConfigError
 from megagpt.parallel.plan import BatchPlan
 
@@ -37,6 +37,19 @@ EXTRA_KEYS = frozenset(
 """Top-level keys that `parallel.extra` may hold. DeepSpeed ignores unknown ones without a word; we do not."""
 
 
+ZERO_KEYS = {
+    "overlap_communication": "overlap_comm",
+    "reduce_bucket_elements": "reduce_bucket_size",
+    "gather_bucket_elements": "allgather_bucket_size",
+    "prefetch_elements": "stage3_prefetch_bucket_size",
+    "keep_gathered_below_elements": "stage3_param_persistence_threshold",
+    "max_live_elements": "stage3_max_live_parameters",
+    "update_elements": "sub_group_size",
+    "shard_within_node": "zero_hpz_partition_size",
+}
+"""Our key of the section `parallel` -> DeepSpeed's of `zero_optimization`; what is not set is left to DeepSpeed."""
+
+
 def ds_config(config: TrainingRun, plan: BatchPlan) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`.
 
@@ -62,6 +75,8 @@ def ds_config(config: TrainingRun, plan: BatchPlan) -> dict[str, Any]:
         # By default activations are cut over the tensor group once more on their way, which goes wrong without a word
         # where the group holds parts of the sequence; and recomputation is the reentrant one.
         settings["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False}
+    if config.parallel.offload_optimizer != "none":
+        settings["zero_force_ds_cpu_optimizer"] = False  # torch's fused AdamW: see megagpt/engine/engine.py
     for key in config.parallel.extra:
         if key not in EXTRA_KEYS:
             nearest = difflib.get_close_matches(key, EXTRA_KEYS, n=1)
@@ -80,7 +95,14 @@ def _zero(config: TrainingRun) -> dict[str, Any]:
     settings: dict[str, Any] = {"stage": stage}
     if stage in (1, 2):
         settings["contiguous_gradients"] = stage == 2
-    return settings
+    settings |= _offload(config.parallel)
+    chosen = {deepspeeds: getattr(config.parallel, ours) for ours, deepspeeds in ZERO_KEYS.items()}
+    return settings | {key: value for key, value in chosen.items() if value is not None}
+
+
+def _offload(parallel: ParallelSection) -> dict[str, Any]:
+    places = {"offload_optimizer": parallel.offload_optimizer, "offload_param": parallel.offload_weights}
+    return {key: {"device": place} for key, place in places.items() if place != "none"}
 
 
 def _add(settings: dict[str, Any], extra: dict[str, Any], where: str) -> None:

@@ -182,6 +182,7 @@ def _restore_zero3(name: str, parameter: Any, rank: int, read: Reader) -> None:
 
     safe_set_local_fp32_param(parameter, padded(WEIGHT))
     parameter.ds_tensor.data.copy_(padded(WEIGHT))
+    parameter.ds_secondary_tensor = None  # the copy within a node is made again from what was read
     for kind in MOMENTS:
         safe_set_local_optimizer_state(parameter, padded(kind), kind)
     if parameter.data.numel() == parameter.ds_numel:  # small parameters stay gathered on every rank

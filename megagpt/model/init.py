@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megagpt.model.decoder import Decoder
 
@@ -57,17 +58,28 @@ def init_weights(model: Decoder, seed: int) -> None:
         LookupError: a parameter has no rule: add it to `INIT_RULES`.
         ValueError: a parameter is still on the meta device: call `model.to_empty(device=...)` first.
     """
-    n_layer = len(model.blocks)
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ValueError(f"{name} is on the meta device; call model.to_empty(device=...) before init_weights")
+    with torch.no_grad():
+        for parameter, value in initial_weights(model, seed):
+            parameter.copy_(value)
+    model.reset_buffers()
+
+
+def initial_weights(model: Decoder, seed: int) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Every parameter with its initial value, fp32 on the CPU: one whole tensor at a time, cut as `model.shards` say.
+
+    Raises:
+        LookupError: a parameter has no rule: add it to `INIT_RULES`.
+    """
+    n_layer = len(model.blocks)
+    for name, parameter in model.named_parameters():
         shard = model.shards.get(name)
         shape = shard.shape if shard is not None else parameter.shape
         logical = model.logical_name(name)
         value = initial_value(logical, shape, seed, rule_for(logical, n_layer))
-        with torch.no_grad():
-            parameter.copy_(shard.cut(value) if shard is not None else value)
-    model.reset_buffers()
+        yield parameter, shard.cut(value) if shard is not None else value
 
 
 def rule_for(name: str, n_layer: int) -> InitRule:

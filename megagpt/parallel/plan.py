@@ -75,6 +75,15 @@ DEEPSPEED_STATE = frozenset(
     }
 )
 """Keys of `parallel.extra` about the state that DeepSpeed keeps for an optimizer."""
+ONLY_WITH_ZERO_3 = (
+    "prefetch_elements",
+    "keep_gathered_below_elements",
+    "max_live_elements",
+    "update_elements",
+    "shard_within_node",
+)
+BUCKETS = ("overlap_communication", "reduce_bucket_elements")
+"""Keys of the section `parallel` that mean something where their refusals do not apply."""
 
 REFUSALS: tuple[Refusal, ...] = (
     Refusal(
@@ -82,6 +91,58 @@ REFUSALS: tuple[Refusal, ...] = (
         "parallel.zero_stage=0 with bf16 or fp16: DeepSpeed 0.19.8 applies one update on zero gradients at start, "
         "so that Adam's bias correction is off from the first step",
         "parallel.zero_stage=1 (the same memory on one process), or train.dtype=fp32",
+    ),
+    Refusal(
+        lambda c: c.parallel.offload_optimizer != "none" and c.parallel.zero_stage == 0,
+        "parallel.offload_optimizer with parallel.zero_stage=0: without ZeRO there is no copy of the weights to update "
+        "elsewhere",
+        "parallel.zero_stage=1 (the same memory where nothing is data-parallel), or parallel.offload_optimizer=none",
+    ),
+    Refusal(
+        lambda c: "nvme" in (c.parallel.offload_optimizer, c.parallel.offload_weights),
+        "parallel.offload_optimizer or parallel.offload_weights is nvme: this version has no offload to disks",
+        "cpu, with more processes where host memory is too small",
+    ),
+    Refusal(
+        lambda c: c.parallel.offload_weights != "none" and c.parallel.zero_stage < 3,
+        "parallel.offload_weights below parallel.zero_stage=3: every process needs all of its weights all the time",
+        "parallel.zero_stage=3, or parallel.offload_weights=none",
+    ),
+    Refusal(
+        lambda c: c.parallel.zero_stage < 3 and _is_set(c, *ONLY_WITH_ZERO_3),
+        f"one of parallel.{{{', '.join(ONLY_WITH_ZERO_3)}}} below parallel.zero_stage=3: nothing is gathered for use "
+        "there, so that it would have no effect",
+        "parallel.zero_stage=3, or leave it out",
+    ),
+    Refusal(
+        lambda c: (c.parallel.zero_stage in (0, 3) or _is_muon(c)) and _is_set(c, "gather_bucket_elements"),
+        "parallel.gather_bucket_elements with parallel.zero_stage 0 or 3, or with optim.name=muon: DeepSpeed gathers "
+        "no weights after an update there, so that it would have no effect",
+        "parallel.zero_stage=1 or 2, or leave it out (with ZeRO-3: parallel.prefetch_elements)",
+    ),
+    Refusal(
+        lambda c: (c.parallel.gather_bucket_elements or 0) % 2 == 1,
+        "parallel.gather_bucket_elements is odd: DeepSpeed aligns the buckets to two elements",
+        "an even number",
+    ),
+    Refusal(
+        lambda c: not _has_buckets(c) and _is_set(c, *BUCKETS),
+        f"one of parallel.{{{', '.join(BUCKETS)}}} with parallel.zero_stage=0, with optim.name=muon, or with bf16 "
+        "under ZeRO-1 without parallel.offload_optimizer: gradients are reduced all together there, so that it would "
+        "have no effect",
+        "parallel.zero_stage=2 or 3, or leave it out",
+    ),
+    Refusal(
+        lambda c: c.parallel.pipeline > 1 and c.parallel.overlap_communication is True,
+        "parallel.overlap_communication with parallel.pipeline above 1: DeepSpeed's pipeline reduces gradients after "
+        "the last micro-batch and would ignore it",
+        "parallel.pipeline=1, or leave it out",
+    ),
+    Refusal(
+        lambda c: c.parallel.shard_within_node is not None and c.parallel.tensor > 1,
+        "parallel.shard_within_node with parallel.tensor above 1: DeepSpeed cuts the second copy over neighbouring "
+        "processes, and those of a tensor group hold different weights",
+        "parallel.tensor=1, or leave parallel.shard_within_node out",
     ),
     Refusal(
         lambda c: c.model.n_head % c.parallel.tensor != 0,
@@ -188,30 +249,53 @@ REFUSALS: tuple[Refusal, ...] = (
         "the configuration without this key",
     ),
     Refusal(
-        lambda c: c.optim.name == "muon" and c.parallel.zero_stage > 1,
+        lambda c: _is_muon(c) and c.parallel.zero_stage > 1,
         "parallel.zero_stage above 1 with optim.name=muon: DeepSpeed cuts gradients and weights anywhere, Muon needs "
         "whole matrices, and this version has no other sharding of gradients and weights",
         "parallel.zero_stage=1, which shards Muon's own state by whole matrices, or optim.name=adamw",
     ),
     Refusal(
-        lambda c: c.optim.name == "muon" and c.parallel.pipeline > 1,
+        lambda c: _is_muon(c) and c.parallel.pipeline > 1,
         "parallel.pipeline above 1 with optim.name=muon: this version has no Muon in a pipeline, whose gradient "
         "norm is that of all stages",
         "parallel.pipeline=1 with parallel.tensor for larger models, or optim.name=adamw",
     ),
     Refusal(
-        lambda c: c.optim.name == "muon" and c.train.dtype == "fp16",
+        lambda c: _is_muon(c) and c.parallel.offload_optimizer == "cpu" and c.parallel.zero_stage == 1,
+        "parallel.offload_optimizer with optim.name=muon: this version has no Muon in host memory, where its products "
+        "of matrices would take long",
+        "parallel.offload_optimizer=none, or optim.name=adamw",
+    ),
+    Refusal(
+        lambda c: _is_muon(c) and c.train.dtype == "fp16",
         "train.dtype=fp16 with optim.name=muon: this version has no loss scaling for Muon",
         "train.dtype=bf16, or optim.name=adamw",
     ),
     Refusal(
-        lambda c: c.optim.name == "muon" and not DEEPSPEED_STATE.isdisjoint(c.parallel.extra),
+        lambda c: _is_muon(c) and not DEEPSPEED_STATE.isdisjoint(c.parallel.extra),
         "parallel.extra sets DeepSpeed's sharding or precision (zero_optimization, bf16, data_types, ...) with "
         "optim.name=muon: they would do nothing, because Muon keeps its state itself",
         "the keys parallel.zero_stage and train.dtype, or optim.name=adamw",
     ),
 )
 """What cannot be run, as data: the configuration check, `--check` and the tests read this one table."""
+
+
+def _is_muon(config: TrainingRun) -> bool:
+    return config.optim.name == "muon"
+
+
+def _is_set(config: TrainingRun, *keys: str) -> bool:
+    return any(getattr(config.parallel, key) is not None for key in keys)
+
+
+def _has_buckets(config: TrainingRun) -> bool:
+    """DeepSpeed's BF16_Optimizer, which adds up in fp32 on the device, reduces without buckets."""
+    if _is_muon(config):  # which DeepSpeed knows as stage 0
+        return False
+    on_device = config.parallel.offload_optimizer == "none"
+    alone = config.parallel.zero_stage == 1 and config.train.dtype == "bf16" and on_device
+    return config.parallel.zero_stage > 0 and not alone
 
 
 def _splits_the_blocks(config: TrainingRun) -> bool:
@@ -315,6 +399,12 @@ def _divide(config: TrainingRun, world_size: int) -> BatchPlan | str:
         return (
             f"train.global_batch_size ({wanted}) must be a multiple of data-parallel processes ({data_parallel}) "
             f"x train.micro_batch_size ({micro}) = {width}; the nearest that fit: {nearest}"
+        )
+    within_node = config.parallel.shard_within_node
+    if within_node is not None and (world_size % within_node or within_node in (1, world_size)):
+        return (
+            f"parallel.shard_within_node ({within_node}) must be a divisor of the {world_size} processes, more than 1 "
+            "and fewer than all: usually the GPUs of a node where there are several nodes; or leave it out"
         )
     isolate = config.data.isolate_documents
     plan = BatchPlan(data_parallel, micro, wanted // width, config.model.max_seq_len, model_parallel, isolate)

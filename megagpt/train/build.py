@@ -7,6 +7,7 @@ import torch
 from megagpt.config.schema import GPT2Model, TrainingRun
 from megagpt.engine.engine import TORCH_DTYPES, Engine
 from megagpt.engine.pipeline import PipelinedEngine
+from megagpt.engine.sharded import hollow
 from megagpt.model.attention import ChosenAttention, Sizes, choose_attention
 from megagpt.model.build import build_model
 from megagpt.model.decoder import Decoder, use_attention
@@ -47,7 +48,8 @@ def attention_of(config: TrainingRun, device_type: str) -> ChosenAttention:
 def build_share(config: TrainingRun, mesh: Mesh) -> Decoder:
     """What this process holds of the model, with its initial weights, on the CPU.
 
-    It is cut while it is on the meta device, so that no process ever holds a weight that it does not need.
+    It is cut while it is on the meta device, so that no process ever holds a weight that it does not need. Under ZeRO-3
+    that is nearly all of them: the engine makes the weights, and keeps its parts.
     """
     with torch.device("meta"):
         model = build_model(config.model)
@@ -55,6 +57,8 @@ def build_share(config: TrainingRun, mesh: Mesh) -> Decoder:
         apply_sequence_parallel(model, mesh)
         if mesh.pipeline > 1:
             model.keep_layers(own_layers(config, mesh.pipeline_rank))
+    if config.parallel.zero_stage == 3:
+        return hollow(model)
     model = model.to_empty(device="cpu")
     init_weights(model, config.run.seed)
     return model

@@ -7,7 +7,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from megagpt.engine.ds_config import EXTRA_KEYS, ds_config
+from megagpt.engine.ds_config import EXTRA_KEYS, ZERO_KEYS, ds_config
 from megagpt.errors import ConfigError
 from megagpt.parallel.plan import plan_batches
 from tests.tiny import run_config
@@ -15,9 +15,9 @@ from tests.tiny import run_config
 
 @pytest.fixture
 def settings(tmp_path):
-    def make(*overrides):
+    def make(*overrides, world_size=2):
         config = run_config(tmp_path, tmp_path / "tokens", *overrides)
-        return ds_config(config, plan_batches(config, 2))
+        return ds_config(config, plan_batches(config, world_size))
 
     return make
 
@@ -80,6 +80,53 @@ def test_every_key_is_one_that_deepspeed_reads(stage, dtype, settings):
     source = deepspeed_source("runtime/*.py", "runtime/zero/*.py")
     for key in [*told, *told.get("data_types", {})]:
         assert f'"{key}"' in source, key
+
+
+CHOSEN = {
+    "overlap_communication": (1, True, "overlap_comm"),
+    "reduce_bucket_elements": (1, 1234, "reduce_bucket_size"),
+    "gather_bucket_elements": (1, 1234, "allgather_bucket_size"),
+    "prefetch_elements": (3, 1234, "prefetch_bucket_size"),
+    "keep_gathered_below_elements": (3, 1234, "param_persistence_threshold"),
+    "max_live_elements": (3, 1234, "max_live_parameters"),
+    "update_elements": (3, 1234, "sub_group_size"),
+    "shard_within_node": (3, 2, "zero_hpz_partition_size"),
+}
+"""Our key -> a stage where it means something, a value, and where DeepSpeed keeps what it has read."""
+
+
+@pytest.mark.parametrize("key", CHOSEN)
+def test_deepspeed_takes_a_chosen_size_over_its_own(key, settings):
+    stage, value, place = CHOSEN[key]
+    words = ["train.micro_batch_size=1"]
+    left_out = settings(f"parallel.zero_stage={stage}", *words, world_size=4)
+    chosen = settings(f"parallel.zero_stage={stage}", *words, f"parallel.{key}={str(value).lower()}", world_size=4)
+    assert ZERO_KEYS[key] not in left_out["zero_optimization"]
+    read = [getattr(DeepSpeedZeroConfig(**one["zero_optimization"]), place) for one in (left_out, chosen)]
+    assert read[0] != value
+    assert read[1] == value
+
+
+def test_every_key_that_sets_a_size_is_among_the_tested_ones():
+    assert ZERO_KEYS.keys() == CHOSEN.keys()
+
+
+def test_deepspeed_reads_where_state_is_kept(settings):
+    words = ("parallel.zero_stage=3", "parallel.offload_weights=cpu", "parallel.offload_optimizer=cpu")
+    read = DeepSpeedConfig(settings(*words) | BATCH_FOR_ONE)
+    assert read.zero_config.offload_optimizer.device == "cpu"
+    assert read.zero_config.offload_param.device == "cpu"
+    assert read.zero_force_ds_cpu_optimizer is False
+    nowhere = DeepSpeedConfig(settings("parallel.zero_stage=3") | BATCH_FOR_ONE)
+    assert nowhere.zero_config.offload_optimizer is None
+    assert nowhere.zero_config.offload_param is None
+    assert nowhere.zero_force_ds_cpu_optimizer is True
+
+
+def test_further_settings_of_offload_can_be_passed_through(settings):
+    extra = "parallel.extra={zero_optimization: {offload_optimizer: {pin_memory: false}}}"
+    told = settings("parallel.offload_optimizer=cpu", extra)
+    assert told["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": False}
 
 
 @pytest.mark.parametrize("key", sorted(EXTRA_KEYS))

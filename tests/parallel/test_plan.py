@@ -66,6 +66,28 @@ MUON = "optim.name=muon"
 REFUSED = {
     "zero_stage=0 with bf16": ("parallel.zero_stage=0", "train.dtype=bf16"),
     "zero_stage=0 with fp16": ("parallel.zero_stage=0", "train.dtype=fp16"),
+    "parallel.offload_optimizer with parallel.zero_stage=0": (
+        "parallel.zero_stage=0",
+        "parallel.offload_optimizer=cpu",
+    ),
+    "this version has no offload to disks": ("parallel.offload_optimizer=nvme",),
+    "parallel.offload_weights below": ("parallel.offload_weights=cpu", "parallel.zero_stage=2"),
+    "below parallel.zero_stage=3: nothing is gathered": ("parallel.prefetch_elements=0",),
+    "parallel.gather_bucket_elements with parallel.zero_stage 0 or 3": (
+        "parallel.gather_bucket_elements=1000",
+        "parallel.zero_stage=3",
+    ),
+    "parallel.gather_bucket_elements is odd": ("parallel.gather_bucket_elements=1001",),
+    "gradients are reduced all together there": ("train.dtype=bf16", "parallel.reduce_bucket_elements=1000"),
+    "parallel.overlap_communication with parallel.pipeline above 1": (
+        "parallel.overlap_communication=true",
+        "parallel.pipeline=2",
+    ),
+    "parallel.shard_within_node with parallel.tensor above 1": (
+        "parallel.shard_within_node=2",
+        "parallel.tensor=2",
+        "parallel.zero_stage=3",
+    ),
     "parallel.tensor does not divide model.n_head": ("parallel.tensor=3",),
     "parallel.tensor and model.n_kv_head": (*LLAMA, "model.n_head=12", "model.n_kv_head=6", "parallel.tensor=4"),
     "parallel.tensor does not divide the channels": (*LLAMA, "model.n_kv_head=1", "parallel.tensor=4"),
@@ -99,6 +121,7 @@ REFUSED = {
     "parallel.extra.compile": ("parallel.extra.compile.deepcompile=true",),
     "parallel.zero_stage above 1 with optim.name=muon": (MUON, "parallel.zero_stage=2"),
     "parallel.pipeline above 1 with optim.name=muon": (MUON, "parallel.pipeline=2"),
+    "parallel.offload_optimizer with optim.name=muon": (MUON, "parallel.offload_optimizer=cpu"),
     "train.dtype=fp16 with optim.name=muon": (MUON, "train.dtype=fp16"),
     "parallel.extra sets": (MUON, "parallel.extra={zero_optimization: {offload_optimizer: {device: cpu}}}"),
 }
@@ -185,3 +208,23 @@ def test_a_tensor_group_shares_its_samples(config):
 def test_fewer_key_and_value_heads_than_processes_are_allowed(config):
     check_layout(config(*LLAMA, "model.n_kv_head=1", "model.d_model=32", "parallel.tensor=4"))
     check_layout(config(*LLAMA, "parallel.tensor=4", "parallel.tensor_sequence=true"))
+
+
+def test_offload_and_buckets_are_allowed_where_they_mean_something(config):
+    for stage in (1, 2, 3):
+        check_layout(config("parallel.offload_optimizer=cpu", f"parallel.zero_stage={stage}"))
+    both = ("parallel.offload_optimizer=cpu", "parallel.offload_weights=cpu")
+    check_layout(config(*both, "parallel.zero_stage=3", "parallel.update_elements=1000000"))
+    bf16 = ("train.dtype=bf16", "parallel.reduce_bucket_elements=1000")
+    check_layout(config(*bf16, "parallel.offload_optimizer=cpu"))
+    check_layout(config(*bf16, "parallel.zero_stage=2"))
+    check_layout(config("parallel.gather_bucket_elements=1000", "parallel.overlap_communication=true"))
+    check_layout(config("parallel.pipeline=2", "parallel.overlap_communication=false"))
+
+
+@pytest.mark.parametrize("within_node", [1, 3, 4])
+def test_a_second_copy_is_cut_over_a_part_of_the_processes(within_node, config):
+    words = ("parallel.zero_stage=3", "train.micro_batch_size=1")
+    with pytest.raises(ConfigError, match=rf"parallel.shard_within_node \({within_node}\) must be a divisor of the 4"):
+        plan_batches(config(*words, f"parallel.shard_within_node={within_node}"), world_size=4)
+    plan_batches(config(*words, "parallel.shard_within_node=2"), world_size=4)
