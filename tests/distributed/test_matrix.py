@@ -56,15 +56,18 @@ def is_allowed(layout, where, tokens) -> bool:
 
 
 def every_layout(where, tokens):
-    """All that the table allows, in fp32; then each way of cutting the model once in bf16."""
+    """All that the table allows, in fp32; then each way of cutting the model once in bf16.
+
+    ZeRO shards over two processes wherever eight hold that: a pair along the data axis, or along the sequence axis.
+    """
     extras = cycle(product((1, 4), ("none", "selective", "full")))
     found = []
-    axes = product(MODELS, (1, 2, 4), (1, 2), (1, 2), (1, 2, 4), (0, 1, 2, 3), (False, True))
-    for family, pipeline, data, sequence, tensor, zero, tensor_sequence in axes:
+    axes = product(MODELS, (1, 2, 4), (1, 2), (1, 2, 4), (0, 1, 2, 3), (False, True))
+    for family, pipeline, sequence, tensor, zero, tensor_sequence in axes:
         layout = Layout(
             family=family,
             pipeline=pipeline,
-            data=data,
+            data=2 if sequence == 1 and 2 * pipeline * tensor <= MOST_PROCESSES else 1,
             sequence=sequence,
             tensor=tensor,
             zero=zero,
@@ -79,7 +82,7 @@ def every_layout(where, tokens):
         if layout.pipeline == 2
     ]
     found += [layout for layout in vs if is_allowed(layout, where, tokens)]
-    by_cut = {(one.family, one.degrees, one.tensor_sequence, one.zero, one.schedule): one for one in found if one.zero}
+    by_cut = {(one.family, one.degrees, one.tensor_sequence, one.schedule): one for one in found if one.zero}
     found += [replace(layout, dtype="bf16") for layout in by_cut.values()]
     return found
 
