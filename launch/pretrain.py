@@ -6,8 +6,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout, installed or not
 
-from megagpt.train.environment import name_process
-from megagpt.train.run import exit_process, main, put_environment_first
+from megagpt.train.environment import name_process, put_environment_first
+from megagpt.train.run import exit_process, main
 
 if __name__ == "__main__":
     put_environment_first(os.environ)

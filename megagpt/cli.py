@@ -15,6 +15,7 @@ import click
 
 from megagpt import __version__
 from megagpt.cli_base import PATH, WITH_EXTRA_WORDS, Commands, configs_folder, examples
+from megagpt.cli_bench import bench_train
 from megagpt.cli_data import bench, data
 from megagpt.cli_generate import generate
 from megagpt.errors import CheckpointError
@@ -29,6 +30,7 @@ def main() -> None:
 main.add_command(data)
 main.add_command(bench)
 main.add_command(generate)
+bench.add_command(bench_train)
 
 
 @main.command(

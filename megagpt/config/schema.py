@@ -200,6 +200,8 @@ class TrainSection(Section):
     (with `data.isolate_documents` a dense mask, and no such kernel). flash: the flash-attn package. varlen (PyTorch's
     flash-attention for sequences of different lengths) and flex (FlexAttention): for `data.isolate_documents`, on CUDA.
     auto: sdpa; with `data.isolate_documents` the first of flash, varlen, flex and sdpa that can be used."""
+    compile: bool = False
+    """torch.compile of each block: fewer passes over memory, a slow first step. Needs a C++ compiler."""
 
 
 class ParallelSection(Section):

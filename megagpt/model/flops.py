@@ -184,9 +184,8 @@ def muon_state_bytes(config: ModelConfig) -> int:
     return 8 * matrices + 12 * (parameter_count(config) - matrices)
 
 
-_LOGIT_BYTES = {"fp32": 12, "bf16": 12, "fp16": 12}
-"""A logit in the model's type, its fp32 log-probability, and both gradients where the backward of the loss peaks:
-4 + 4 + 4 (fp32: the logits' gradient is the loss's), or 2 + 4 + 4 + 2."""
+_LOGIT_BYTES = {"fp32": 8, "bf16": 4, "fp16": 4}
+"""A logit and its gradient, both in the model's type: the loss works on a few rows at a time."""
 
 
 def _d_head(config: ModelConfig) -> int:

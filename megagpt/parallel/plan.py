@@ -168,6 +168,22 @@ REFUSALS: tuple[Refusal, ...] = (
         "a divisor of model.d_ff for parallel.tensor, or a model.d_ff that is a multiple of it",
     ),
     Refusal(
+        lambda c: c.train.compile and c.parallel.zero_stage == 3,
+        "train.compile with parallel.zero_stage=3: DeepSpeed gathers weights in hooks of the layers inside a block, "
+        "which a compiled block cannot hold",
+        "parallel.zero_stage=2 or less, or train.compile=false",
+    ),
+    Refusal(
+        lambda c: c.train.compile and c.parallel.tensor > 1,
+        "train.compile with parallel.tensor above 1: this version has no compiled blocks that talk to other processes",
+        "parallel.tensor=1, or train.compile=false",
+    ),
+    Refusal(
+        lambda c: c.train.compile and c.train.recompute == "selective",
+        "train.compile with train.recompute=selective: every block would be compiled by itself",
+        "train.recompute=full, or none (fused attention stores no scores, which is what selective would save)",
+    ),
+    Refusal(
         lambda c: c.parallel.pipeline > 1 and c.parallel.zero_stage > 1,
         "parallel.zero_stage above 1 with parallel.pipeline above 1: DeepSpeed's pipeline adds up gradients of all "
         "micro-batches on each process, so that it cannot shard them",

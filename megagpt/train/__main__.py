@@ -3,8 +3,8 @@
 import os
 import sys
 
-from megagpt.train.environment import name_process
-from megagpt.train.run import exit_process, main, put_environment_first
+from megagpt.train.environment import name_process, put_environment_first
+from megagpt.train.run import exit_process, main
 
 if __name__ == "__main__":
     put_environment_first(os.environ)

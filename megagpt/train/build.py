@@ -10,6 +10,7 @@ from megagpt.engine.pipeline import PipelinedEngine
 from megagpt.engine.sharded import hollow
 from megagpt.model.attention import ChosenAttention, Sizes, choose_attention
 from megagpt.model.build import build_model
+from megagpt.model.compile import compile_blocks
 from megagpt.model.decoder import Decoder, use_attention
 from megagpt.model.init import init_weights
 from megagpt.model.recompute import apply_recompute
@@ -25,7 +26,7 @@ def build_engine(config: TrainingRun, plan: BatchPlan, mesh: Mesh) -> Engine:
     """The engine of this process. Every process of the world calls it."""
     model = build_share(config, mesh)
     use_attention(model, attention_of(config, mesh.device.type))
-    apply_recompute(model, config.train.recompute)
+    compile_and_recompute(model, config)
     engine = PipelinedEngine if mesh.pipeline > 1 else Engine
     return engine(model, parameter_groups(model, config.optim.weight_decay), config, plan, mesh)
 
@@ -62,3 +63,10 @@ def build_share(config: TrainingRun, mesh: Mesh) -> Decoder:
     model = model.to_empty(device="cpu")
     init_weights(model, config.run.seed)
     return model
+
+
+def compile_and_recompute(model: Decoder, config: TrainingRun) -> None:
+    """What is done to a model's blocks without changing what they compute."""
+    if config.train.compile:
+        compile_blocks(model)
+    apply_recompute(model, config.train.recompute)

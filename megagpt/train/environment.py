@@ -1,14 +1,28 @@
-"""Which process this is, under a launcher that says it in other words than deepspeed's."""
+"""Which process this is, under a launcher that says it in other words than deepspeed's; and its build tools."""
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from collections.abc import Mapping, MutableMapping
+from pathlib import Path
 
 from megagpt.errors import ConfigError
 
 _DEFAULT_PORT = "29500"
 """The deepspeed launcher's."""
+
+
+def put_environment_first(environment: MutableMapping[str, str]) -> None:
+    """Let DeepSpeed build its C++ op with the tools of this Python environment and keep it there, activated or not.
+
+    It takes the first `ninja` on PATH: a machine need not have one of its own. And it keeps the op in the user's cache:
+    environments that share it, or another ninja, build it anew at every change, and wait for each other's lock.
+    """
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
+    if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
+        environment.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 
 
 def name_process(environment: MutableMapping[str, str]) -> None:

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NoReturn
@@ -73,17 +73,6 @@ def main(argv: Sequence[str], environment: Mapping[str, str]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     return 0
-
-
-def put_environment_first(environment: MutableMapping[str, str]) -> None:
-    """Let DeepSpeed build its C++ op with the tools of this Python environment and keep it there, activated or not.
-
-    It takes the first `ninja` on PATH: a machine need not have one of its own. And it keeps the op in the user's cache:
-    environments that share it, or another ninja, build it anew at every change, and wait for each other's lock.
-    """
-    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
-    if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
-        environment.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 
 
 def exit_process(code: int) -> NoReturn:

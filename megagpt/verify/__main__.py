@@ -10,7 +10,8 @@ import signal
 import sys
 from pathlib import Path
 
-from megagpt.train.run import exit_process, put_environment_first
+from megagpt.train.environment import put_environment_first
+from megagpt.train.run import exit_process
 from megagpt.verify.files import Files
 from megagpt.verify.worker import exit_code_of
 

@@ -18,6 +18,7 @@ FILES = sorted(
 )
 MAY_READ_THE_ENVIRONMENT = {
     "megagpt/cli.py",
+    "megagpt/cli_bench.py",
     "megagpt/doctor/probe.py",  # a program of its own: it is sent to each host, and tells what is there
     "megagpt/train/__main__.py",
     "megagpt/verify/__main__.py",

@@ -32,6 +32,7 @@ def _default_accumulation(config: Any, plan: Any) -> dict[str, Any]:
 
 GUARDS: dict[str, Any] = {
     "fp16 scale": lambda: patch.object(engine_module, "unscale_with_the_scale_of_the_step", lambda optimizer: None),
+    "spare copies": lambda: patch.object(engine_module, "spare_copies", lambda engine, data_parallel: None),
     "tied gradients": lambda: patch.object(
         pipeline_module.PipelinedEngine, "_add_up_tied_gradients", lambda self, engine: None
     ),

@@ -64,6 +64,9 @@ LLAMA = ("family=llama",)
 MUON = "optim.name=muon"
 
 REFUSED = {
+    "train.compile with parallel.zero_stage=3": ("train.compile=true", "parallel.zero_stage=3"),
+    "train.compile with parallel.tensor": ("train.compile=true", "parallel.tensor=2"),
+    "train.compile with train.recompute=selective": ("train.compile=true", "train.recompute=selective"),
     "zero_stage=0 with bf16": ("parallel.zero_stage=0", "train.dtype=bf16"),
     "zero_stage=0 with fp16": ("parallel.zero_stage=0", "train.dtype=fp16"),
     "parallel.offload_optimizer with parallel.zero_stage=0": (
