@@ -39,7 +39,7 @@ def test_without_gradient_only_decayed_weights_shrink(tmp_path):
     config = run_config(tmp_path, tmp_path / "t", "optim.lr=0.5", "optim.weight_decay=0.1")
     model = build_model(config.model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = _adamw(parameter_groups(model, 0.1), config, torch.device("cpu"))
+    optimizer = _adamw(parameter_groups(model, 0.1), config.optim)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
