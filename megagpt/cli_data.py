@@ -171,3 +171,30 @@ def bench_data(**options: Any) -> None:
     result = run_bench(BenchRequest(**options, presets=configs_folder() / "data" / "filters"), Console())
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=1) + "\n")
+
+
+@bench.command(
+    "layouts",
+    **examples(
+        "megagpt bench layouts",
+        "megagpt bench layouts --layout zero1 --layout zero3-dp4 --json layouts.json",
+        "megagpt bench layouts --family llama train.dtype=bf16 model.max_seq_len=1024",
+    ),
+)
+@click.option("--layout", "names", multiple=True, help="One layout; all of them where none is named.")
+@click.option("--family", type=click.Choice(["gpt2", "llama"]), default="gpt2", show_default=True, help="Of the model.")
+@click.option("--json", "json_file", type=PATH, help="Write the figures there as well.")
+@click.argument("overrides", nargs=-1)
+def bench_layouts(names: tuple[str, ...], family: str, json_file: Path | None, overrides: tuple[str, ...]) -> None:
+    """Peak memory of a process under each parallel layout: counted tensor by tensor, and by the formulas.
+
+    A small model trains two steps in real local processes on the CPU. OVERRIDES are KEY=VALUE words of a training
+    configuration, for every layout.
+    """
+    from rich.console import Console
+
+    from megagpt.bench import layouts
+
+    rows = layouts.bench_layouts(family, names, overrides, Console())
+    if json_file is not None:
+        json_file.write_text(layouts.to_json(rows))

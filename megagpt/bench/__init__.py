@@ -1,1 +1,1 @@
-"""The training step of our engine beside other loops over the same sizes."""
+"""Measurements of the toolkit itself, on the machine at hand."""

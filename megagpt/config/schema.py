@@ -202,6 +202,9 @@ class TrainSection(Section):
     auto: sdpa; with `data.isolate_documents` the first of flash, varlen, flex and sdpa that can be used."""
     compile: bool = False
     """torch.compile of each block: fewer passes over memory, a slow first step. Needs a C++ compiler."""
+    offload_activations: bool = False
+    """Keep what the blocks' forward leaves for backward (with recompute=full: each block's input) in pinned host
+    memory: the same loss and gradients, less memory on the device, two copies over the bus."""
 
 
 class ParallelSection(Section):

@@ -124,6 +124,11 @@ class Engine:
         """The class that DeepSpeed chose: it decides how gradients are accumulated and sharded."""
         return type(self._engine.optimizer).__name__
 
+    @property
+    def optimizer(self) -> Any:
+        """DeepSpeed's, for the files of this package."""
+        return self._engine.optimizer
+
     def train_step(self, micro_batches: Sequence[TokenBatch], lr: float, *, stop: bool = False) -> StepOutcome:
         """Forward and backward over this process's micro-batches, clip, update.
 

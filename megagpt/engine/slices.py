@@ -107,6 +107,26 @@ def adam_step(optimizer: Any) -> int:
     return 0
 
 
+def state_tensors(optimizer: Any, model: Decoder) -> dict[str, list[Tensor]]:
+    """Every tensor of the training state that is alive now, by kind, wherever DeepSpeed has put it."""
+    parameters: list[Any] = list(model.parameters())
+    inner = _inner_optimizer(optimizer)
+    flats = _flat_partitions(optimizer)
+    moments = [value for state in inner.state.values() for value in state.values() if isinstance(value, Tensor)]
+    attributes = ("grad", "grad_accum", "_hp_grad")
+    gradients = [getattr(parameter, name, None) for parameter in (*parameters, *flats) for name in attributes]
+    for by_group in (getattr(optimizer, name, None) or {} for name in ("averaged_gradients", "all_grad_tensors")):
+        gradients += [gradient for group in by_group.values() for gradient in group or ()]
+    gradients.append(getattr(optimizer, "grad_partitions_flat_buffer", None))
+    buckets = [bucket.buffer for bucket in getattr(optimizer, "ipg_buckets", {}).values()]
+    return {
+        "weights": [p.data for p in parameters] + [p.ds_tensor for p in parameters if hasattr(p, "ds_tensor")],
+        "optimizer": [*flats, *moments],
+        "gradients": [gradient for gradient in gradients if isinstance(gradient, Tensor)],
+        "buckets": [b for held in buckets for b in (held if isinstance(held, list) else [held]) if b is not None],
+    }
+
+
 def _inner_optimizer(optimizer: Any) -> Any:
     """The torch optimizer inside DeepSpeed's wrapper, or itself under ZeRO-0."""
     return getattr(optimizer, "optimizer", optimizer)

@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and memory of a model by closed formulas, without building it and without torch.
+"""Parameters and FLOPs of a model by closed formulas, without building it and without torch.
 
 Letters: L blocks, C d_model, H query heads, K key and value heads, D d_head, F d_ff, V vocabulary, s sequence length.
 """
@@ -6,7 +6,6 @@ Letters: L blocks, C d_model, H query heads, K key and value heads, D d_head, F 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Literal
 
 from megagpt.config.schema import GPT2Model, LlamaModel
@@ -113,68 +112,6 @@ def hardware_flops_per_token(
     return flops_per_token(config, seq_len, attention) + again[recompute]
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryEstimate:
-    """Bytes on one device. Not counted: the allocator's slack, DeepSpeed's buckets, the CUDA context (a few GB)."""
-
-    weights_bytes: float
-    gradients_bytes: float
-    optimizer_bytes: float
-    activations_bytes: float
-    logits_bytes: float
-
-    @property
-    def total_bytes(self) -> float:
-        """The sum."""
-        return (
-            self.weights_bytes
-            + self.gradients_bytes
-            + self.optimizer_bytes
-            + self.activations_bytes
-            + self.logits_bytes
-        )
-
-
-def memory_bytes(
-    config: ModelConfig,
-    *,
-    micro_batch_size: int,
-    dtype: Literal["fp32", "bf16", "fp16"] = "bf16",
-    zero_stage: int = 1,
-    data_parallel: int = 1,
-    recompute: Recompute = "none",
-    gradient_bytes: int = 4,
-) -> MemoryEstimate:
-    """Estimate of one device's memory for sequences of `max_seq_len` tokens.
-
-    Args:
-        config: the model.
-        micro_batch_size: sequences run at once.
-        dtype: of weights and activations.
-        zero_stage: 1 shards the optimizer over `data_parallel`, 2 gradients as well, 3 weights as well.
-        data_parallel: processes that share a copy of the optimizer.
-        recompute: what backward recomputes.
-        gradient_bytes: 4 where gradients are accumulated in fp32, as megagpt has DeepSpeed do; 2 in the ZeRO paper.
-
-    Source: Rajbhandari et al. 2020, section 3.1: with 2-byte weights the optimizer holds fp32 weights and two moments
-    (12 bytes), in fp32 the moments alone (8). Activations: `_activation_elements`. Approximate: a pipeline, tensor
-    parallelism, offloading and the buckets of ZeRO are not in it, and ZeRO-3's gathered block counts as one block.
-    """
-    parameters = parameter_count(config)
-    weight_bytes = 4 if dtype == "fp32" else 2
-    optimizer_bytes = 8 if dtype == "fp32" else 12
-    tokens = micro_batch_size * config.max_seq_len
-    gathered = _block_matmul_count(config) * weight_bytes if zero_stage >= 3 else 0
-    return MemoryEstimate(
-        weights_bytes=parameters * weight_bytes / (data_parallel if zero_stage >= 3 else 1) + gathered,
-        gradients_bytes=parameters * gradient_bytes / (data_parallel if zero_stage >= 2 else 1),
-        optimizer_bytes=parameters * optimizer_bytes / (data_parallel if zero_stage >= 1 else 1),
-        activations_bytes=tokens * _activation_elements(config, recompute) * weight_bytes
-        + tokens * _dropout_mask_bytes(config, recompute),
-        logits_bytes=float(tokens * config.vocab_size * _LOGIT_BYTES[dtype]),
-    )
-
-
 def muon_state_bytes(config: ModelConfig) -> int:
     """Bytes that Muon keeps on all processes together, whatever `train.dtype` is.
 
@@ -182,10 +119,6 @@ def muon_state_bytes(config: ModelConfig) -> int:
     """
     matrices = config.n_layer * _block_matmul_count(config)
     return 8 * matrices + 12 * (parameter_count(config) - matrices)
-
-
-_LOGIT_BYTES = {"fp32": 8, "bf16": 4, "fp16": 4}
-"""A logit and its gradient, both in the model's type: the loss works on a few rows at a time."""
 
 
 def _d_head(config: ModelConfig) -> int:
@@ -204,30 +137,3 @@ def _attention_flops(config: ModelConfig, seq_len: int, attention: AttentionCoun
     """Two products (q k^T, weights v) of 2 HDs FLOPs a token, three times for forward and backward: 12 L C s."""
     full = 12.0 * config.n_layer * config.d_model * seq_len
     return full / 2 if attention == "causal" else full
-
-
-def _activation_elements(config: ModelConfig, recompute: Recompute) -> int:
-    """Elements a token that the forward keeps for the backward, the embedding's and the final norm's output included.
-
-    Source: Korthikanti et al. 2022, equation 1, without its term 5as/h: fused attention never stores the matrix of
-    scores (so selective recompute, which is that term, saves nothing here; that fused attention is found is an
-    assumption). Llama by the same way of counting: norms and projections keep their input, the rotation nothing, the
-    fused attention q, k, v and its output, SwiGLU gate, up, silu(gate) and the product; QK-norm the product that it
-    norms, and the normed q and k.
-    """
-    C = config.d_model
-    if isinstance(config, GPT2Model):
-        block = 16 * C
-    else:
-        kv = config.n_kv_head * _d_head(config)
-        block = 6 * C + 2 * kv + 4 * config.d_ff + (2 * C + 3 * kv) * config.qk_norm
-    stored = C * config.n_layer + block if recompute == "full" else block * config.n_layer
-    return stored + 2 * C
-
-
-def _dropout_mask_bytes(config: ModelConfig, recompute: Recompute) -> int:
-    """Bytes a token of the dropout masks, one byte an element: two residual branches a block, and the embedding."""
-    if not isinstance(config, GPT2Model) or config.dropout == 0:
-        return 0
-    blocks = 1 if recompute == "full" else config.n_layer
-    return (2 * blocks + 1) * config.d_model

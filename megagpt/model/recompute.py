@@ -11,12 +11,15 @@ from torch.utils.checkpoint import checkpoint
 
 from megagpt.model.decoder import Decoder
 from megagpt.model.layers import AttentionCore
+from megagpt.model.offload import run_with_activations_on_host
 
 RecomputeKind = Literal["none", "selective", "full"]
 
 
-def apply_recompute(model: Decoder, kind: RecomputeKind) -> None:
+def apply_recompute(model: Decoder, kind: RecomputeKind, *, offload: bool = False) -> None:
     """Choose what backward recomputes: nothing, the attention core of each block, or whole blocks.
+
+    With `offload`, what is kept of each block waits in host memory; of a block that is recomputed, its input.
 
     It replaces what was chosen before. Parameter names, loss and gradients stay as they are, bit for bit: dropout
     draws the same numbers again. Always the non-reentrant checkpoint: the reentrant one cuts hooks and
@@ -30,6 +33,9 @@ def apply_recompute(model: Decoder, kind: RecomputeKind) -> None:
     for module in _recomputed(model, kind):
         # An attribute of the instance, not a wrapping module: a wrapper would change every parameter's name.
         module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+    if offload:
+        for block in model.blocks:
+            block.forward = partial(run_with_activations_on_host, block, block.forward)
 
 
 def _recomputed(model: Decoder, kind: RecomputeKind) -> Iterator[nn.Module]:

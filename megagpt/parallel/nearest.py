@@ -15,7 +15,7 @@ from itertools import combinations, product
 from typing import Any
 
 from megagpt.config.schema import TrainingRun
-from megagpt.model.flops import memory_bytes
+from megagpt.model.memory import MemoryLayout, memory_bytes
 
 LARGEST_DEGREE = 64
 """Where the number of processes is not known, degrees up to this one are looked at."""
@@ -111,29 +111,28 @@ def distance(config: TrainingRun, values: Values, world_size: int | None) -> tup
 
 
 def memory_per_process(config: TrainingRun, world_size: int | None) -> float:
-    """Bytes on one process, roughly: what a stage and a tensor group hold of the model is an even share of it.
+    """Bytes at the peak of one process, roughly: the layers are taken to be shared out evenly over the pipeline.
 
-    The first of p stages keeps the activations of p micro-batches of a p-th of the blocks. Where the number of
-    processes is not known, nothing is data-parallel.
+    Where the number of processes is not known, nothing is data-parallel.
     """
-    parallel = config.parallel
-    model_parallel = parallel.tensor * parallel.pipeline
-    whole = memory_bytes(
-        config.model,
+    parallel, n_layer = config.parallel, config.model.n_layer
+    model_parallel = parallel.tensor * parallel.pipeline * parallel.sequence
+    data_parallel = (world_size or model_parallel) // model_parallel or 1
+    of_the_first = range(-(-n_layer // parallel.pipeline) + 1)
+    pipelined = parallel.pipeline > 1
+    layout = MemoryLayout(
         micro_batch_size=config.train.micro_batch_size,
         dtype=config.train.dtype,
         zero_stage=parallel.zero_stage,
-        data_parallel=(world_size or model_parallel) // model_parallel or 1,
+        zero_parallel=data_parallel * parallel.sequence,
+        tensor=parallel.tensor,
+        tensor_sequence=parallel.tensor_sequence,
+        sequence=parallel.sequence,
+        parts=(of_the_first,) if pipelined else None,
+        in_flight=(parallel.pipeline,),
         recompute=config.train.recompute,
     )
-    states = (whole.weights_bytes + whole.gradients_bytes + whole.optimizer_bytes) / model_parallel
-    # Without it, norms and the residual stream are whole on every process of a tensor group: about a third.
-    activations = whole.activations_bytes / parallel.sequence
-    if not parallel.tensor_sequence:
-        activations = activations / 3 + activations * 2 / 3 / parallel.tensor
-    else:
-        activations /= parallel.tensor
-    return states + activations + whole.logits_bytes / (parallel.tensor * parallel.sequence)
+    return memory_bytes(config.model, layout).total_bytes
 
 
 def in_words(config: TrainingRun, layouts: list[Values]) -> str:

@@ -69,4 +69,4 @@ def compile_and_recompute(model: Decoder, config: TrainingRun) -> None:
     """What is done to a model's blocks without changing what they compute."""
     if config.train.compile:
         compile_blocks(model)
-    apply_recompute(model, config.train.recompute)
+    apply_recompute(model, config.train.recompute, offload=config.train.offload_activations)

@@ -10,6 +10,8 @@ from typing import Any
 from megagpt.config.schema import TrainingRun
 from megagpt.data.mixture import open_mixture
 from megagpt.model import flops
+from megagpt.model.memory import MemoryEstimate
+from megagpt.parallel.memory import recompute_memory, worst_stage
 from megagpt.parallel.plan import BatchPlan, plan_batches
 from megagpt.train.compatible import check_tokens
 
@@ -54,17 +56,9 @@ def check_run(config: TrainingRun, world_size: int) -> str:
 def describe_plan(config: TrainingRun, plan: BatchPlan) -> dict[str, Any]:
     """Sizes, batch arithmetic and memory of a run, as numbers."""
     seq_len = config.model.max_seq_len
-    memory = flops.memory_bytes(
-        config.model,
-        dtype=config.train.dtype,
-        zero_stage=config.parallel.zero_stage,
-        data_parallel=plan.data_parallel,
-        micro_batch_size=plan.micro_batch_size,
-        recompute=config.train.recompute,
-    )
+    stage, memory = worst_stage(config, plan)
     if config.optim.name == "muon":
-        shared_by = plan.data_parallel if config.parallel.zero_stage else 1
-        memory = replace(memory, optimizer_bytes=flops.muon_state_bytes(config.model) / shared_by)
+        memory = _with_muon(config, plan, memory)
     samples = config.train.max_steps * plan.global_batch_size
     return {
         "parameters": flops.parameter_count(config.model),
@@ -77,7 +71,12 @@ def describe_plan(config: TrainingRun, plan: BatchPlan) -> dict[str, Any]:
         "seq_len": seq_len,
         "tokens_per_step": plan.tokens_per_step,
         "total_tokens": plan.tokens_per_step * config.train.max_steps,
+        "memory_stage": stage if config.parallel.pipeline > 1 else None,
         "memory_bytes": asdict(memory) | {"total_bytes": memory.total_bytes},
+        "memory_bytes_by_recompute": {
+            words: {"total_bytes": found.total_bytes, "host_bytes": found.host_bytes}
+            for words, found in recompute_memory(config, plan).items()
+        },
         "data": [
             asdict(share) | {"prefix": str(share.prefix)}
             for share in open_mixture(config.data.train, seq_len, config.run.seed).describe(samples)
@@ -95,12 +94,44 @@ def plan_as_text(described: dict[str, Any]) -> str:
         f"           = {d['micro_batch_size']} sequences x {d['grad_accum_steps']} micro-batches "
         f"x {d['data_parallel']} processes",
         f"run        {d['total_tokens']:,} tokens, {total_flops:.3g} FLOP",
-        "memory     a process, estimated: "
-        + ", ".join(
-            f"{name.removesuffix('_bytes')} {size / 2**20:,.0f} MiB" for name, size in d["memory_bytes"].items()
-        ),
+        *_memory_lines(d),
     ]
     return "\n".join([*lines, *(f"data       {line}" for line in _data_lines(d["data"]))])
+
+
+def _with_muon(config: TrainingRun, plan: BatchPlan, memory: MemoryEstimate) -> MemoryEstimate:
+    """The estimate for AdamW with the state of Muon instead."""
+    shared_by = plan.data_parallel if config.parallel.zero_stage else 1
+    optimizer_bytes = flops.muon_state_bytes(config.model) / shared_by
+    more = optimizer_bytes - memory.optimizer_bytes
+    phases = {phase: size + more for phase, size in memory.phase_bytes.items()}
+    return replace(memory, optimizer_bytes=optimizer_bytes, phase_bytes=phases)
+
+
+def _memory_lines(described: dict[str, Any]) -> list[str]:
+    memory, stage = described["memory_bytes"], described["memory_stage"]
+    phases = memory["phase_bytes"]
+    who = "a process" if stage is None else f"a process of stage {stage}, which needs most"
+    parts = [(name, size) for name, size in memory.items() if name not in ("phase_bytes", "total_bytes") and size]
+    total = memory["total_bytes"]
+    recompute = described["memory_bytes_by_recompute"]
+    most = max(found["total_bytes"] for found in recompute.values())
+    return [
+        f"memory     {who}, estimated: {_mib(total)} MiB at its peak ({max(phases, key=phases.__getitem__)})",
+        "           of " + ", ".join(f"{name.removesuffix('_bytes')} {_mib(size)} MiB" for name, size in parts),
+        "           peak of " + ", ".join(f"{name} {_mib(size)} MiB" for name, size in phases.items()),
+        *(f"           with {words}: {_needs(found, most)}" for words, found in recompute.items()),
+    ]
+
+
+def _needs(found: dict[str, float], most: float) -> str:
+    saved = f", saves {_mib(most - found['total_bytes'])} MiB"
+    on_host = f", {_mib(found['host_bytes'])} MiB on the host" if found["host_bytes"] else ""
+    return f"{_mib(found['total_bytes'])} MiB{saved}{on_host}"
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:,.0f}"
 
 
 def _data_lines(described: list[dict[str, Any]]) -> list[str]:

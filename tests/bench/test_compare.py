@@ -77,7 +77,7 @@ def test_the_command_measures_ours_and_plain_at_the_same_loss(tmp_path):
     ours, plain = figures["loops"]["ours"], figures["loops"]["plain"]
     assert ours["loss"] == pytest.approx(plain["loss"], rel=1e-3)
     assert len(ours["step_seconds"]) == 2
-    assert ours["peak_bytes"] > plain["peak_bytes"] > 50 * 2**20
+    assert min(ours["peak_bytes"], plain["peak_bytes"]) > 50 * 2**20
     assert ours["mfu_full"] > ours["mfu_causal"] > 0
     assert "plain has" in found.output
 

@@ -1,0 +1,44 @@
+"""What `--check` says about memory."""
+
+from __future__ import annotations
+
+import re
+
+from megagpt.parallel.memory import recompute_memory
+from megagpt.parallel.plan import plan_batches
+from megagpt.train.describe import check_run, describe_plan, plan_as_text
+from tests.tiny import run_config, write_tokens
+
+LARGE = (
+    "model.n_layer=24",
+    "model.d_model=1024",
+    "model.n_head=16",
+    "train.dtype=bf16",
+    "model.max_seq_len=1024",
+    "train.micro_batch_size=8",
+    "train.global_batch_size=32",
+)
+
+
+def test_check_tells_what_each_recomputation_saves(tmp_path):
+    config = run_config(tmp_path / "run", write_tokens(tmp_path / "tokens", 1000), *LARGE)
+    text = check_run(config, 2)
+    found = dict(re.findall(r"with (\S.*?): [\d,]+ MiB, saves ([\d,]+) MiB", text))
+    saved = {words: int(size.replace(",", "")) for words, size in found.items()}
+    assert saved["recompute=none"] == saved["recompute=selective"] == 0
+    assert 0 < saved["recompute=full"] <= saved["recompute=full, offload_activations=true"]
+    assert saved["recompute=none, offload_activations=true"] > 0
+    assert "recompute=none, offload_activations=true: " in text
+    assert " MiB on the host" in text
+
+
+def test_the_plan_holds_the_formulas_of_the_worst_stage(tmp_path):
+    words = (*LARGE, "parallel.pipeline=2")
+    config = run_config(tmp_path / "run", write_tokens(tmp_path / "tokens", 1000), *words)
+    plan = plan_batches(config, 2)
+    described = describe_plan(config, plan)
+    assert described["memory_stage"] in (0, 1)
+    assert f"a process of stage {described['memory_stage']}, which needs most" in plan_as_text(described)
+    total = described["memory_bytes"]["total_bytes"]
+    assert total == max(described["memory_bytes"]["phase_bytes"].values())
+    assert recompute_memory(config, plan)["recompute=none"].total_bytes == total
