@@ -232,10 +232,14 @@ class ParallelSection(Section):
     0 shards nothing and is allowed in fp32 only."""
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
     """Where master weights and Adam moments live, and where the update is computed: none: on the device; cpu: in host
-    memory, with ZeRO 1 to 3. nvme, on local disks, is refused by this version."""
+    memory, with ZeRO 1 to 3; nvme: on the local disk of `nvme_dir`, with ZeRO 3, and `update_elements` of them at a
+    time in host memory for the update, 16 bytes each. Gradients stay in host memory."""
     offload_weights: Literal["none", "cpu", "nvme"] = "none"
     """ZeRO-3: where a process's part of the weights lives while it is not in use: none: on the device; cpu: in host
     memory. nvme is refused by this version."""
+    nvme_dir: Path | None = None
+    """With `offload_optimizer` nvme: a folder on a local disk of every host, with room for 16 bytes an element of the
+    host's part of the model. What is written there has no name, and is gone when the process ends."""
     overlap_communication: bool | None = None
     """Reduce gradients while backward still runs. Unset: DeepSpeed's default, true with ZeRO-3 and false below."""
     reduce_bucket_elements: PositiveInt | None = None

@@ -102,7 +102,11 @@ def _zero(config: TrainingRun) -> dict[str, Any]:
 
 def _offload(parallel: ParallelSection) -> dict[str, Any]:
     places = {"offload_optimizer": parallel.offload_optimizer, "offload_param": parallel.offload_weights}
-    return {key: {"device": place} for key, place in places.items() if place != "none"}
+    settings: dict[str, Any] = {key: {"device": place} for key, place in places.items() if place != "none"}
+    if parallel.offload_optimizer == "nvme":
+        settings["offload_optimizer"]["nvme_path"] = str(parallel.nvme_dir)
+        settings["offload_optimizer"]["buffer_count"] = 4  # weight, gradient, both moments of what is updated at once
+    return settings
 
 
 def _add(settings: dict[str, Any], extra: dict[str, Any], where: str) -> None:

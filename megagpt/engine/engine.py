@@ -20,6 +20,7 @@ from megagpt.config.schema import OptimSection, TrainingRun
 from megagpt.engine import slices
 from megagpt.engine.bf16 import spare_copies
 from megagpt.engine.corrections import unname_shared_buffers, unscale_with_the_scale_of_the_step
+from megagpt.engine.disk import ScratchFile, reserve_for, swapping_through
 from megagpt.engine.ds_config import ds_config
 from megagpt.engine.replicas import check_replicas
 from megagpt.engine.sharded import fill_in_parts
@@ -110,13 +111,18 @@ class Engine:
         settings = ds_config(config, self.plan)
         if self._zero_stage == 3:
             fill_in_parts(self.model, config.run.seed, self.dtype, settings, self.mesh)
-        engine, *_ = deepspeed.initialize(
-            model=self.model,
-            optimizer=optimizer,
-            config=settings,
-            mpu=self.mesh.mpu,
-            dist_init_required=False,
-        )
+        folder = config.parallel.nvme_dir
+        scratch = self.mesh.together(lambda: ScratchFile(folder)) if folder is not None else None
+        with swapping_through(scratch):
+            engine, *_ = deepspeed.initialize(
+                model=self.model,
+                optimizer=optimizer,
+                config=settings,
+                mpu=self.mesh.mpu,
+                dist_init_required=False,
+            )
+        if scratch is not None:
+            self.mesh.together(lambda: reserve_for(engine.optimizer, scratch))
         return engine
 
     @property

@@ -15,15 +15,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from deepspeed.utils import (
-    safe_get_local_fp32_param,
-    safe_get_local_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
+from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 from torch import Tensor
 
 from megagpt.checkpoint.tensors import MOMENTS, WEIGHT, TensorSlice
+from megagpt.engine import disk
 from megagpt.engine.sharded_muon import ShardedMuon
 from megagpt.model.decoder import Decoder
 from megagpt.model.layout import Shard
@@ -52,7 +48,7 @@ def owned_slices(optimizer: Any, model: Decoder, mesh: Mesh) -> Iterator[TensorS
         if isinstance(optimizer, ShardedMuon):
             found = optimizer.owned_slice(name, parameter)
         elif hasattr(parameter, "ds_tensor"):
-            found = _zero3_slice(name, parameter, mesh.zero_rank, has_moments=has_moments)
+            found = _zero3_slice(name, parameter, optimizer, mesh.zero_rank, has_moments=has_moments)
         elif hasattr(parameter, "_hp_mapping"):
             found = _flat_partition_slice(name, parameter)
         else:
@@ -77,11 +73,11 @@ def restore_slices(optimizer: Any, model: Decoder, rank: int, read: Reader, adam
     if isinstance(optimizer, ShardedMuon):
         optimizer.restore(read, adam_step)
         return
+    if hasattr(optimizer, "fp16_partitioned_groups_flat"):
+        _restore_zero3(optimizer, model, rank, read, adam_step)
+        return
     _make_optimizer_states(optimizer, adam_step)
     for name, parameter in model.named_parameters():
-        if hasattr(parameter, "ds_tensor"):
-            _restore_zero3(name, parameter, rank, read)
-            continue
         parameter.data.copy_(read(name, WEIGHT, 0, parameter.numel()).view_as(parameter))
         if hasattr(parameter, "_hp_mapping"):
             mapping = parameter._hp_mapping
@@ -154,13 +150,16 @@ def _link_optimizer_states(optimizer: Any) -> None:
 
 def _make_optimizer_states(optimizer: Any, step: int) -> None:
     """Empty Adam moments where there are none yet, at the given step count."""
-    inner = _inner_optimizer(optimizer)
     for flat in _flat_partitions(optimizer):
-        inner.state[flat] = {
-            "step": torch.tensor(float(step), device=flat.device if inner.defaults.get("fused") else None),
-            **{kind: torch.zeros_like(flat) for kind in MOMENTS},
-        }
+        _make_state(_inner_optimizer(optimizer), flat, step)
     _link_optimizer_states(optimizer)
+
+
+def _make_state(inner: Any, flat: Tensor, step: int) -> None:
+    inner.state[flat] = {
+        "step": torch.tensor(float(step), device=flat.device if inner.defaults.get("fused") else None),
+        **{kind: torch.zeros_like(flat) for kind in MOMENTS},
+    }
 
 
 def _flat_partition_slice(name: str, parameter: Any) -> TensorSlice | None:
@@ -173,15 +172,22 @@ def _flat_partition_slice(name: str, parameter: Any) -> TensorSlice | None:
     return TensorSlice(name, tuple(parameter.shape), mapping.lp_fragment_address.start, values)
 
 
-def _zero3_slice(name: str, parameter: Any, rank: int, *, has_moments: bool) -> TensorSlice | None:
+def _zero3_slice(name: str, parameter: Any, optimizer: Any, rank: int, *, has_moments: bool) -> TensorSlice | None:
     start, numel = _zero3_extent(parameter, rank)
     if not numel:
         return None
-    weight = safe_get_local_fp32_param(parameter)[:numel]
-    values = {WEIGHT: weight}
+    group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+
+    def local(kind: str | None) -> Tensor:
+        if disk.is_on_disk(optimizer, group):  # DeepSpeed would read the group anew for each value of each parameter
+            return disk.stored(optimizer, group, kind)[offset : offset + numel]
+        held: Tensor
+        held = safe_get_local_fp32_param(parameter) if kind is None else safe_get_local_optimizer_state(parameter, kind)
+        return held[:numel]
+
+    values = {WEIGHT: local(None)}
     for kind in MOMENTS:  # before the first update there are none
-        found = safe_get_local_optimizer_state(parameter, kind)[:numel] if has_moments else torch.zeros_like(weight)
-        values[kind] = found
+        values[kind] = local(kind) if has_moments else torch.zeros_like(values[WEIGHT])
     return TensorSlice(name, tuple(parameter.ds_shape), start, values)
 
 
@@ -192,19 +198,35 @@ def _zero3_extent(parameter: Any, rank: int) -> tuple[int, int]:
     return start, max(0, min(part, parameter.ds_numel - start))
 
 
-def _restore_zero3(name: str, parameter: Any, rank: int, read: Reader) -> None:
+def _restore_zero3(optimizer: Any, model: Decoder, rank: int, read: Reader, step: int) -> None:
+    """Group after group of what is updated together: where groups live on disk, one is in memory at a time."""
+    if getattr(optimizer, "optimizer_swapper", None) is not None:
+        optimizer.optimizer_swapper.purge_state()  # moments of another state
+    inner = _inner_optimizer(optimizer)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for group, parameters in enumerate(optimizer.fp16_groups):
+        flat = optimizer.fp32_partitioned_groups_flat[group]
+        with disk.in_memory(optimizer, group):
+            _make_state(inner, flat, step)
+            for parameter in parameters:
+                _, offset, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
+                for kind, whole in ((WEIGHT, flat), *((kind, inner.state[flat][kind]) for kind in MOMENTS)):
+                    values = _padded(names[parameter], kind, parameter, rank, read)
+                    whole.data.narrow(0, offset, numel).copy_(values)
+                    if kind == WEIGHT:
+                        _set_weight(names[parameter], parameter, values, read)
+
+
+def _padded(name: str, kind: str, parameter: Any, rank: int, read: Reader) -> Tensor:
+    """What a rank holds of a value, with the zeros that fill the last parts up."""
     start, numel = _zero3_extent(parameter, rank)
-    padding = parameter.ds_tensor.numel() - numel
+    values = read(name, kind, start, numel) if numel else torch.zeros(0)
+    return torch.nn.functional.pad(values, (0, parameter.ds_tensor.numel() - numel))
 
-    def padded(kind: str) -> Tensor:
-        values = read(name, kind, start, numel) if numel else torch.zeros(0)
-        return torch.nn.functional.pad(values, (0, padding)).to(parameter.ds_tensor.device)
 
-    safe_set_local_fp32_param(parameter, padded(WEIGHT))
-    parameter.ds_tensor.data.copy_(padded(WEIGHT))
+def _set_weight(name: str, parameter: Any, part: Tensor, read: Reader) -> None:
+    parameter.ds_tensor.data.copy_(part)
     parameter.ds_secondary_tensor = None  # the copy within a node is made again from what was read
-    for kind in MOMENTS:
-        safe_set_local_optimizer_state(parameter, padded(kind), kind)
     if parameter.data.numel() == parameter.ds_numel:  # small parameters stay gathered on every rank
         parameter.data.copy_(read(name, WEIGHT, 0, parameter.ds_numel).view(parameter.ds_shape))
 

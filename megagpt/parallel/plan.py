@@ -82,6 +82,8 @@ ONLY_WITH_ZERO_3 = (
     "update_elements",
     "shard_within_node",
 )
+SMALLEST_ON_DISK = 2**18
+"""Elements of fp32 that make 1 MiB, below which DeepSpeed swaps nothing."""
 BUCKETS = ("overlap_communication", "reduce_bucket_elements")
 """Keys of the section `parallel` that mean something where their refusals do not apply."""
 
@@ -99,9 +101,41 @@ REFUSALS: tuple[Refusal, ...] = (
         "parallel.zero_stage=1 (the same memory where nothing is data-parallel), or parallel.offload_optimizer=none",
     ),
     Refusal(
-        lambda c: "nvme" in (c.parallel.offload_optimizer, c.parallel.offload_weights),
-        "parallel.offload_optimizer or parallel.offload_weights is nvme: this version has no offload to disks",
-        "cpu, with more processes where host memory is too small",
+        lambda c: c.parallel.offload_weights == "nvme",
+        "parallel.offload_weights is nvme: this version has no offload of weights to disks",
+        "parallel.offload_weights=cpu, and parallel.offload_optimizer=nvme where host memory is too small",
+    ),
+    Refusal(
+        lambda c: _is_on_disk(c) and c.parallel.zero_stage < 3,
+        "parallel.offload_optimizer=nvme below parallel.zero_stage=3: DeepSpeed would keep everything in host memory "
+        "and say nothing",
+        "parallel.zero_stage=3, or parallel.offload_optimizer=cpu",
+    ),
+    Refusal(
+        lambda c: _is_on_disk(c) and c.parallel.nvme_dir is None,
+        "parallel.offload_optimizer=nvme without parallel.nvme_dir: nothing says which disk",
+        "a folder on a local disk for parallel.nvme_dir, or parallel.offload_optimizer=cpu",
+    ),
+    Refusal(
+        lambda c: not _is_on_disk(c) and c.parallel.nvme_dir is not None,
+        "parallel.nvme_dir without parallel.offload_optimizer=nvme: nothing would be written there",
+        "parallel.offload_optimizer=nvme, or leave it out",
+    ),
+    Refusal(
+        lambda c: _is_on_disk(c) and (c.parallel.update_elements or SMALLEST_ON_DISK) < SMALLEST_ON_DISK,
+        f"parallel.update_elements below {SMALLEST_ON_DISK} with parallel.offload_optimizer=nvme: what is less than "
+        "1 MiB does not leave host memory",
+        f"{SMALLEST_ON_DISK} or more, or leave it out",
+    ),
+    Refusal(
+        lambda c: (
+            _is_on_disk(c)
+            and ("aio" in c.parallel.extra or "offload_optimizer" in _table(c.parallel.extra.get("zero_optimization")))
+        ),
+        "parallel.extra.aio or parallel.extra.zero_optimization.offload_optimizer with "
+        "parallel.offload_optimizer=nvme: megagpt reads and writes the disk itself, because "
+        "DeepSpeed 0.19.8 does not look whether it succeeded",
+        "parallel.nvme_dir and parallel.update_elements alone",
     ),
     Refusal(
         lambda c: c.parallel.offload_weights != "none" and c.parallel.zero_stage < 3,
@@ -299,6 +333,14 @@ REFUSALS: tuple[Refusal, ...] = (
 
 def _is_muon(config: TrainingRun) -> bool:
     return config.optim.name == "muon"
+
+
+def _is_on_disk(config: TrainingRun) -> bool:
+    return config.parallel.offload_optimizer == "nvme"
+
+
+def _table(value: object) -> dict[str, object]:
+    return value if isinstance(value, dict) else {}
 
 
 def _is_set(config: TrainingRun, *keys: str) -> bool:

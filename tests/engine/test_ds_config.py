@@ -123,6 +123,15 @@ def test_deepspeed_reads_where_state_is_kept(settings):
     assert nowhere.zero_force_ds_cpu_optimizer is True
 
 
+def test_deepspeed_reads_which_disk_the_optimizer_is_on(settings):
+    words = ("parallel.zero_stage=3", "parallel.offload_optimizer=nvme", "parallel.nvme_dir=/nvme")
+    read = DeepSpeedConfig(settings(*words, "parallel.update_elements=300000") | BATCH_FOR_ONE)
+    assert read.zero_config.offload_optimizer.device == "nvme"
+    assert str(read.zero_config.offload_optimizer.nvme_path) == "/nvme"
+    assert read.zero_config.offload_optimizer.buffer_count == 4
+    assert read.zero_config.sub_group_size == 300000
+
+
 def test_further_settings_of_offload_can_be_passed_through(settings):
     extra = "parallel.extra={zero_optimization: {offload_optimizer: {pin_memory: false}}}"
     told = settings("parallel.offload_optimizer=cpu", extra)

@@ -62,6 +62,7 @@ def test_the_ranks_of_any_layout_share_out_the_samples_of_a_step(data_parallel, 
 
 LLAMA = ("family=llama",)
 MUON = "optim.name=muon"
+ON_DISK = ("parallel.zero_stage=3", "parallel.offload_optimizer=nvme", "parallel.nvme_dir=/nvme")
 
 REFUSED = {
     "train.compile with parallel.zero_stage=3": ("train.compile=true", "parallel.zero_stage=3"),
@@ -73,7 +74,12 @@ REFUSED = {
         "parallel.zero_stage=0",
         "parallel.offload_optimizer=cpu",
     ),
-    "this version has no offload to disks": ("parallel.offload_optimizer=nvme",),
+    "this version has no offload of weights to disks": ("parallel.zero_stage=3", "parallel.offload_weights=nvme"),
+    "parallel.offload_optimizer=nvme below": ("parallel.offload_optimizer=nvme", "parallel.nvme_dir=/nvme"),
+    "parallel.offload_optimizer=nvme without": ("parallel.zero_stage=3", "parallel.offload_optimizer=nvme"),
+    "parallel.nvme_dir without": ("parallel.zero_stage=3", "parallel.nvme_dir=/nvme"),
+    "parallel.update_elements below 262144": (*ON_DISK, "parallel.update_elements=262143"),
+    "parallel.extra.aio or": (*ON_DISK, "parallel.extra={zero_optimization: {offload_optimizer: {ratio: 0.5}}}"),
     "parallel.offload_weights below": ("parallel.offload_weights=cpu", "parallel.zero_stage=2"),
     "below parallel.zero_stage=3: nothing is gathered": ("parallel.prefetch_elements=0",),
     "parallel.gather_bucket_elements with parallel.zero_stage 0 or 3": (
