@@ -172,7 +172,6 @@ def _line(row: Row) -> str:
 def _table(rows: Sequence[Row]) -> Table:
     table = Table(
         title="Peak memory of the process that needs most, MiB of tensors",
-        caption="update: without fused kernels, as on this CPU; a GPU's fused AdamW needs nothing there",
     )
     table.add_column("layout")
     columns = ("processes", "rank", "measured", "formula", "ratio", "weights", "optimizer", "gradients", "buckets")

@@ -27,13 +27,13 @@ def spare_copies(engine: Any, data_parallel: int) -> None:
     optimizer = engine.optimizer
     if not isinstance(optimizer, BF16_Optimizer):
         return
+    optimizer.get_grads_for_norm = MethodType(_gradients_for_norm, optimizer)
     if data_parallel == 1:
         engine.buffered_allreduce_fallback = _reduce_nothing
     if optimizer.immediate_grad_update or optimizer.has_moe_layers or optimizer.grad_acc_dtype != torch.float32:
         return  # by `parallel.extra`
     optimizer.update_hp_grads = MethodType(_accumulate, optimizer)
     optimizer.clear_hp_grads = MethodType(_forget_gradients, optimizer)
-    optimizer.get_grads_for_norm = MethodType(_gradients_for_norm, optimizer)
 
 
 def _reduce_nothing(grads: Any = None, elements_per_buffer: int = 0) -> None:
@@ -78,7 +78,12 @@ def _forget_gradients(optimizer: Any) -> None:
 
 
 def _gradients_for_norm(optimizer: Any, for_clipping: bool = False) -> Any:  # noqa: FBT001, FBT002 - theirs
-    """One tensor a parameter group to clip. The norm stays one a parameter: of 10^8 fp32 numbers it would be 1% off."""
+    """One tensor a parameter group to clip. The norm stays one a parameter: of 10^8 fp32 numbers it would be 1% off.
+
+    Where a process counts none of its parameters (a stage with nothing but a tied head, on all but the first of a
+    tensor group), DeepSpeed fails on the empty list: one zero stands for it.
+    """
     if for_clipping:
         return optimizer.fp32_groups_actual_gradients_flat
-    return type(optimizer).get_grads_for_norm(optimizer)
+    counted, of_experts = type(optimizer).get_grads_for_norm(optimizer)
+    return counted or [torch.zeros(1, device=optimizer.fp32_groups_actual_gradients_flat[0].device)], of_experts

@@ -73,7 +73,7 @@ class MemoryLayout:
     offload_weights: bool = False
     """ZeRO-3: the process's part of the weights is in host memory."""
     fused: bool = True
-    """The optimizer and RMSNorm are single kernels, as on a GPU; without them both keep intermediate results."""
+    """RMSNorm is a single kernel, as on a GPU; without it it keeps intermediate results."""
     buffers: ZeroBuffers = ZeroBuffers()
 
 
@@ -232,26 +232,25 @@ def _states(config: ModelConfig, layout: MemoryLayout) -> _States:
     sizes = _parameter_sizes(config, _layers(config, layout), layout.tensor)
     P, largest = sum(sizes), max(sizes)
     d, w, stage = layout.zero_parallel, 4 if layout.dtype == "fp32" else 2, layout.zero_stage
-    adam = 0 if layout.fused else 8  # sqrt(second moment) and its quotient, of what is updated at once
     bucket = layout.buffers.reduce_bucket
     if stage == 0:
         reduce = 4 * min(P, _ALL_REDUCE_ELEMENTS)
-        return _States(w * P, 0, 8 * P, 4 * P, 4 * P, 0, 0, 0, reduce, 4 * P + adam * largest)
+        return _States(w * P, 0, 8 * P, 4 * P, 4 * P, 0, 0, 0, reduce, 4 * P)
     optimizer = 12 * P / d
     if stage == 3:
         return _zero3_states(sizes, layout)
     if stage == 2:
         double = 2 if layout.dtype == "fp32" and layout.accumulation > 1 else 1  # the new ones and their sum
-        update = (8 if layout.dtype == "fp32" else 4) + max(adam, 0 if layout.dtype != "fp32" else 4)
+        update = 12 if layout.dtype == "fp32" else 4
         buffers = w * bucket * (2 if layout.buffers.overlap else 1)
         return _States(
             w * P, 0, optimizer, 4 * P * double / d, 4 * P / d, 0, 0, buffers, 3 * w * largest, update * P / d
         )
     if layout.dtype == "bf16":  # BF16_Optimizer: fp32 sums last; the bf16 gradients stay until the update is done
         reduce = 6 * min(P, _ALL_REDUCE_ELEMENTS)
-        return _States(w * P, 0, optimizer, 6 * P, 6 * P, 4 * P, 0, 0, reduce, 2 * P + adam * P / d)
+        return _States(w * P, 0, optimizer, 6 * P, 6 * P, 4 * P, 0, 0, reduce, 2 * P)
     reduce = 4 * min(P, bucket)
-    return _States(w * P, 0, optimizer, 4 * P, 4 * P, 0, 0, 0, reduce, (4 + max(adam, 4)) * P / d)
+    return _States(w * P, 0, optimizer, 4 * P, 4 * P, 0, 0, 0, reduce, 8 * P / d)
 
 
 def _zero3_states(sizes: list[int], layout: MemoryLayout) -> _States:
@@ -270,7 +269,7 @@ def _zero3_states(sizes: list[int], layout: MemoryLayout) -> _States:
         lasting_buffers=w * (buffers.reduce_bucket + (small if d > 1 else 0)),  # small weights stay whole
         backward_buffers=0,
         reduce=max(w * kept + gathering, 4 * w * max(sizes)),
-        update=(4 + (0 if layout.fused else 8)) * P / d,
+        update=4 * P / d,
     )
 
 

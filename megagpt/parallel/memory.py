@@ -37,7 +37,7 @@ def memory_layout(config: TrainingRun, plan: BatchPlan, stage: int = 0, *, fused
         config: the run.
         plan: its batches.
         stage: place in the pipeline.
-        fused: the optimizer and RMSNorm are single kernels, as on a GPU.
+        fused: RMSNorm is a single kernel, as on a GPU.
     """
     parallel, train = config.parallel, config.train
     given = parallel.extra.get("zero_optimization", {})

@@ -181,6 +181,6 @@ def test_no_forward_branches():
         assert not found, f"{file}: {function.name} branches in line {found}"
 
 
-def test_only_build_and_flops_read_the_configuration():
+def test_only_build_and_the_formulas_read_the_configuration():
     readers = {path.name for path in MODEL_CODE.glob("*.py") if "megagpt.config" in path.read_text()}
-    assert readers == {"build.py", "flops.py"}
+    assert readers == {"build.py", "flops.py", "memory.py"}
