@@ -20,6 +20,8 @@ from megagpt.errors import DataError
 from megagpt.tokenizer import open_tokenizer
 
 REPORT_FILE = "report.json"
+REPORT_FORMAT = 2
+"""Number of the form of report.json: raised where a reader of the old form would misread the new one."""
 
 LOSING_STAGES = ("extract", "filter", "documents")
 """Stages that reject documents: records = packed + what these lose, for every source."""
@@ -50,7 +52,7 @@ def summarise(
     text_bytes_in = sum(record.counts.detail["text_bytes_in"] for record in filtered)
     cpu_seconds = sum(record.cpu_seconds for stage in records.values() for record in stage)
     return {
-        "format": 2,
+        "format": REPORT_FORMAT,
         "out": str(job.out),
         "name": job.pack.name,
         "run": {

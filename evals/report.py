@@ -20,8 +20,6 @@ from megagpt.atomic import write_file
 HTML_FILE = "report.html"
 MARKDOWN_FILE = "report.md"
 
-_DUPLICATES = ("exact_duplicate", "near_duplicate")
-
 
 def write_run_report(run_dir: Path) -> tuple[Path, Path]:
     """Write report.html and report.md of a run, finished or not, from what its folder holds.
@@ -152,10 +150,10 @@ def funnel(trail: DataTrail) -> dict[str, Any]:
     sources: Mapping[str, Any] = report.get("sources", {})
     left = sum(source["records"] for source in sources.values())
     steps = [("records read", left, 0)] if sources else []
-    duplicates = {reason: report["dedup"][reason] for reason in _DUPLICATES} if "dedup" in report else {}
-    for reason, number in {**report.get("rejected", {}), **duplicates}.items():
-        left -= number
-        steps.append((f"after {reason}", left, number))
+    for by_reason in report.get("lost", {}).values():  # stages in their order
+        for reason, number in by_reason.items():
+            left -= number
+            steps.append((f"after {reason}", left, number))
     return {
         "prefix": str(trail.prefix),
         "known": trail.report is not None,

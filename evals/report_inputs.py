@@ -19,6 +19,8 @@ from megagpt.errors import CheckpointError, EvalError
 
 GENERATIONS_FILE = "generations.json"
 HELDOUT_TASK = "heldout"
+DATA_REPORT_FORMAT = 2
+"""Of report.json; data_pipeline/summary.py writes it, and a test compares."""
 
 Row = dict[str, Any]
 
@@ -187,8 +189,11 @@ def _read_checkpoints(folder: Path, missing: list[str]) -> dict[int, str]:
 
 def _read_data_report(path: Path, missing: list[str]) -> Row | None:
     report = _read_json(path, missing, "what the filters removed is not known")
-    if report is not None and report.get("format") != 1:
-        raise EvalError(f"{path}: format {report.get('format')!r}; this version reads data reports of format 1")
+    if report is not None and report.get("format") != DATA_REPORT_FORMAT:
+        raise EvalError(
+            f"{path}: format {report.get('format')!r}; this version reads data reports of format {DATA_REPORT_FORMAT}; "
+            "run the data job again, which reuses what has not changed"
+        )
     return report
 
 

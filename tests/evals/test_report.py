@@ -10,12 +10,16 @@ from typing import Any
 
 import pytest
 
-from evals.report import write_run_report
+from data_pipeline.run import run_job
+from data_pipeline.summary import REPORT_FORMAT
+from evals.report import funnel, write_run_report
+from evals.report_inputs import DATA_REPORT_FORMAT, DataTrail
 from evals.results import Metric, TaskResult
 from megagpt.config.load import dump_config
 from megagpt.config.schema import TrainingRun
 from megagpt.data.manifest import FileDigest, Manifest, TokenFileEntry, write_manifest
 from megagpt.errors import EvalError
+from tests.data_pipeline.test_run import job_for, write_corpus
 
 HOSTILE = "<script>alert(1)</script> & ``` | done"
 
@@ -98,10 +102,13 @@ def write_evals(run_dir: Path, step: int, accuracy: float) -> None:
 def write_data(folder: Path) -> str:
     source = {"records": 1000, "packed": 700, "tokens": {"train": 1_230_000, "val": 12_000}}
     report = {
-        "format": 1,
+        "format": REPORT_FORMAT,
         "sources": {"stdlib": source},
-        "rejected": {"gopher_quality.min_words": 180, "language.not_kept": 20},
-        "dedup": {"exact_duplicate": 60, "near_duplicate": 40},
+        "lost": {
+            "extract": {},
+            "filter": {"gopher_quality.min_words": 180, "language.not_kept": 20},
+            "documents": {"exact_duplicate": 60, "near_duplicate": 40},
+        },
         "languages": {"en": 980, "de": 20},
         "splits": {
             "train": {"documents": 690, "tokens": 1_230_000, "text_bytes": 5_000_000},
@@ -358,3 +365,13 @@ def test_a_damaged_score_file_is_named(run_dir):
     (run_dir / "evals" / "step_00000100" / "arc_easy.json").write_text("{}")
     with pytest.raises(EvalError, match=r"arc_easy\.json: not a result file"):
         write_run_report(run_dir)
+
+
+def test_the_report_of_a_real_data_job_is_read_to_the_last_document(tmp_path):
+    assert DATA_REPORT_FORMAT == REPORT_FORMAT
+    job = job_for(write_corpus(tmp_path / "corpus", n_shards=1), tmp_path / "job")
+    run_job(job)
+    report = json.loads((tmp_path / "job" / "report.json").read_text())
+    found = funnel(DataTrail(tmp_path / "job" / "tokens_train", None, None, None, None, report))
+    assert found["steps"][0] == ("records read", 30, 0)
+    assert found["steps"][-1][1] == sum(split["documents"] for _, split in found["splits"]) < 30
