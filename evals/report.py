@@ -16,6 +16,7 @@ from evals import report_numbers as numbers
 from evals.report_inputs import HELDOUT_TASK, DataTrail, RunFolder, StepEvals, read_run_folder
 from evals.results import Metric, TaskResult
 from megagpt.atomic import write_file
+from megagpt.train.events import goodput
 
 HTML_FILE = "report.html"
 MARKDOWN_FILE = "report.md"
@@ -44,6 +45,7 @@ def write_run_report(run_dir: Path) -> tuple[Path, Path]:
             (evals.step, [_readable(row) for row in evals.generations]) for evals in run.evals[-1:] if evals.generations
         ],
         "history": history(run),
+        "time": time_spent(run),
         "trail": trail_rows(run),
         "plan": _flat(run.plan or {}),
         "versions": _flat(run.versions or {}),
@@ -166,18 +168,33 @@ def funnel(trail: DataTrail) -> dict[str, Any]:
     }
 
 
+def time_spent(run: RunFolder) -> list[tuple[str, str, str]]:
+    """(for what, how long, share of all) of the run's time, from its first start to its last sign of life."""
+    found = goodput(run.events, [*run.train_rows, *run.eval_rows])
+    if found is None:
+        return []
+    spent = [("steps that count (goodput)", found.useful), *found.lost.items(), ("all", found.wall)]
+    return [(name, numbers.duration(seconds), numbers.percent(seconds / found.wall)) for name, seconds in spent]
+
+
 def history(run: RunFolder) -> list[str]:
-    """Starts, restarts and skipped steps, oldest first."""
+    """Starts, restarts, saves and skipped steps, oldest first."""
     lines = []
     alive = False
+    saves = [event for event in run.events if event.get("event") == "saved"]
     for event in run.events:
         name = str(event.get("event", "event"))
-        killed = name == "resumed" and alive
+        if name == "saved":  # there are many; one line for all stands below
+            continue
+        killed = name in ("started", "resumed") and alive
         details = ", ".join(f"{key} {event[key]}" for key in event if key not in ("time", "event", "step"))
         note = "; the process before it ended without a word (killed)" if killed else ""
         told = f": {details}" if details else ""
         lines.append(f"{event.get('time', '')} {name} at step {event['step']:,}{told}{note}")
         alive = name in ("started", "resumed")
+    if saves:
+        waited = statistics.median(float(event["seconds"]) for event in saves)
+        lines.append(f"checkpoints saved: {len(saves)}; training waited {numbers.duration(waited)} (median)")
     skipped = [row["step"] for row in run.train_rows if row.get("skipped")]
     some = ", ".join(f"{step:,}" for step in skipped[:20]) + (" ..." if len(skipped) > 20 else "")
     lines.append(f"skipped steps: {len(skipped)}" + (f" ({some})" if skipped else ""))

@@ -18,6 +18,7 @@ from megagpt.cli_base import PATH, WITH_EXTRA_WORDS, Commands, configs_folder, e
 from megagpt.cli_bench import bench_train
 from megagpt.cli_data import bench, data
 from megagpt.cli_generate import generate
+from megagpt.cli_train import plan, train
 from megagpt.errors import CheckpointError
 
 
@@ -28,40 +29,11 @@ def main() -> None:
 
 
 main.add_command(data)
+main.add_command(train)
+main.add_command(plan)
 main.add_command(bench)
 main.add_command(generate)
 bench.add_command(bench_train)
-
-
-@main.command(
-    context_settings=WITH_EXTRA_WORDS,
-    **examples(
-        "megagpt train configs/quickstart.yaml",
-        "megagpt train --processes 2 configs/quickstart.yaml parallel.zero_stage=2 run.dir=runs/two",
-        "megagpt train --launcher-args '--hostfile hosts' configs/model/gpt2_124m.yaml my_run.yaml optim.lr=3e-4",
-        "megagpt train --check configs/quickstart.yaml",
-    ),
-)
-@click.argument("configs", nargs=-1, required=True)
-@click.option(
-    "--processes", type=click.IntRange(min=1), help="Processes (accelerators) on this host; DeepSpeed's default."
-)
-@click.option("--launcher-args", default="", help="Further arguments of the `deepspeed` launcher, as one string.")
-@click.option(
-    "--check", is_flag=True, help="Resolve the configuration, print the plan and exit; no accelerator needed."
-)
-def train(configs: tuple[str, ...], processes: int | None, launcher_args: str, check: bool) -> None:  # noqa: FBT001
-    """Train a model under the DeepSpeed launcher. CONFIGS are YAML files, then KEY=VALUE overrides."""
-    from megagpt.train.command import launcher_command, parse_arguments
-
-    config = parse_arguments(configs).load()  # wrong input is told before any process starts
-    if check:
-        from megagpt.train.describe import check_run
-
-        click.echo(check_run(config, processes or 1))
-        return
-    command = launcher_command(processes, launcher_args, configs)
-    os.execve(command[0], command, os.environ | {"PYTHONUNBUFFERED": "1"})  # signals then reach the launcher itself
 
 
 @main.command(

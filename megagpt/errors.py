@@ -5,7 +5,8 @@
      |- DataError                 a source, a token file, a tokenizer
      |- CheckpointError           no usable checkpoint, or one that belongs to something else
      |- EvalError                 benchmark data or a task that cannot be used
-     '- TrainingDiverged          exit code 3: loss or gradient is not finite
+     |- TrainingDiverged          exit code 3: loss or gradient is not finite
+     '- RunBusy                   exit code 5: another process trains in the run's folder
 
 Each message says what is wrong, the value, where it stands, and what would be right.
 """
@@ -37,3 +38,9 @@ class TrainingDiverged(MegaGPTError):  # noqa: N818 - the field's name for it
     """The loss or the gradient norm is not finite; no checkpoint holds the step."""
 
     exit_code = 3
+
+
+class RunBusy(MegaGPTError):  # noqa: N818 - it says what is
+    """Another process trains in the run's folder; it may be about to end."""
+
+    exit_code = 5

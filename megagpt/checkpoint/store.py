@@ -159,6 +159,14 @@ class CheckpointStore:
         fsio.publish(staging, target)
         return target
 
+    def set_aside(self, step: int) -> Path:
+        """Take a damaged checkpoint out of the way without losing what is left of it; its new folder."""
+        name = self.step_dir(step).name
+        number = sum(1 for _ in self.folder.glob(f"{name}.damaged*"))
+        aside = self.folder / f"{name}.damaged{number or ''}"
+        fsio.publish(self.step_dir(step), aside)
+        return aside
+
     def prune(self, keep_last: int, keep_every: int) -> list[int]:
         """Remove checkpoints that the retention rule does not keep, and staging folders of dead saves.
 

@@ -269,6 +269,9 @@ class CheckpointSection(Section):
     resume: Literal["auto", "never", "must"] = "auto"
     """auto: go on from the newest complete checkpoint if there is one; never: refuse a folder that has any;
     must: refuse to start from step 0."""
+    fall_back: bool = False
+    """Where the newest checkpoint is damaged, set it aside (step_N.damaged) and go on from the one before it, instead
+    of refusing; the run's history says so. `megagpt train --restarts` sets it."""
     keep_last: PositiveInt = 3
     """Newest complete checkpoints that are kept."""
     keep_every: NonNegativeInt = 0

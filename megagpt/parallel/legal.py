@@ -1,4 +1,4 @@
-"""All layouts of a number of processes that can run: what the tests of equivalence go through."""
+"""All layouts of a number of processes that can run: what `megagpt plan` shows, and tests go through."""
 
 from __future__ import annotations
 

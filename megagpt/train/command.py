@@ -24,7 +24,8 @@ Train a model. Several YAML files add up; KEY=VALUE overrides (a key's path and 
 The same command goes on from the newest checkpoint (checkpoint.resume: auto | never | must).
 --check resolves the configuration, prints the plan and exits; it needs no accelerator.
 `megagpt config docs` lists every key. Exit codes: 0 done or stopped by a signal after saving, 2 wrong input,
-3 training diverged.
+3 training diverged, 5 another process trains in the run's folder. `megagpt train --restarts N` starts again after
+other failures.
 """
 
 
@@ -58,11 +59,20 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     return Arguments(files, overrides, check="--check" in switches, help=bool(switches & {"--help", "-h"}))
 
 
-def launcher_command(processes: int | None, launcher_args: str, words: Sequence[str]) -> list[str]:
-    """The command that starts the DeepSpeed launcher of this very environment."""
+def launcher_command(
+    processes: int | None, launcher_args: str, words: Sequence[str], more: Sequence[str] = ()
+) -> list[str]:
+    """The command that starts the DeepSpeed launcher of this very environment.
+
+    Args:
+        processes: on each host; DeepSpeed's default where None.
+        launcher_args: the user's own arguments of the launcher.
+        words: configuration files and overrides.
+        more: arguments of the launcher that follow from other options.
+    """
     launcher = Path(sys.executable).with_name("deepspeed")
     counted = ["--num_accelerators", str(processes)] if processes else []
-    return [str(launcher), *counted, *shlex.split(launcher_args), "--module", "megagpt.train", *words]
+    return [str(launcher), *counted, *more, *shlex.split(launcher_args), "--module", "megagpt.train", *words]
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from megagpt.model import flops
 from megagpt.model.memory import MemoryEstimate
 from megagpt.parallel.memory import recompute_memory, worst_stage
 from megagpt.parallel.plan import BatchPlan, plan_batches
+from megagpt.parallel.stages import held_parts, plan_stages
 from megagpt.train.compatible import check_tokens
 
 _PACKAGES = (
@@ -72,6 +73,7 @@ def describe_plan(config: TrainingRun, plan: BatchPlan) -> dict[str, Any]:
         "tokens_per_step": plan.tokens_per_step,
         "total_tokens": plan.tokens_per_step * config.train.max_steps,
         "memory_stage": stage if config.parallel.pipeline > 1 else None,
+        "stages": _describe_stages(config) if config.parallel.pipeline > 1 else None,
         "memory_bytes": asdict(memory) | {"total_bytes": memory.total_bytes},
         "memory_bytes_by_recompute": {
             words: {"total_bytes": found.total_bytes, "host_bytes": found.host_bytes}
@@ -94,9 +96,36 @@ def plan_as_text(described: dict[str, Any]) -> str:
         f"           = {d['micro_batch_size']} sequences x {d['grad_accum_steps']} micro-batches "
         f"x {d['data_parallel']} processes",
         f"run        {d['total_tokens']:,} tokens, {total_flops:.3g} FLOP",
+        *(
+            f"stage {number:<4} {stage['layers']}: {stage['flops']:.1%} of the FLOPs"
+            for number, stage in enumerate(d["stages"] or ())
+        ),
         *_memory_lines(d),
     ]
     return "\n".join([*lines, *(f"data       {line}" for line in _data_lines(d["data"]))])
+
+
+def _describe_stages(config: TrainingRun) -> list[dict[str, Any]]:
+    """For each stage of the pipeline the layers it holds, in words, and its share of the model's FLOPs."""
+    n_layer = config.model.n_layer
+    costs = flops.layer_flops(config.model, config.model.max_seq_len)
+    parts = plan_stages(config)
+    described = []
+    for stage in range(config.parallel.pipeline):
+        held = [parts[part] for part in held_parts(config.parallel, stage)]
+        share = sum(costs[index] for part in held for index in part) / sum(costs)
+        described.append({"layers": " and ".join(_layers_in_words(part, n_layer) for part in held), "flops": share})
+    return described
+
+
+def _layers_in_words(part: range, n_layer: int) -> str:
+    """`embedding, blocks 0-3` of indices into `Decoder.layers()`."""
+    blocks = [index - 1 for index in part if 1 <= index <= n_layer]
+    names = {0: "embedding", n_layer + 1: "final norm", n_layer + 2: "head"}
+    words = {index: name for index, name in names.items() if index in part}
+    if blocks:
+        words[1] = f"blocks {blocks[0]}-{blocks[-1]}" if len(blocks) > 1 else f"block {blocks[0]}"
+    return ", ".join(words[index] for index in sorted(words))
 
 
 def _with_muon(config: TrainingRun, plan: BatchPlan, memory: MemoryEstimate) -> MemoryEstimate:

@@ -90,8 +90,10 @@ def _save(state: TrainState, use: Collaborators) -> None:
 def _evaluate(config: TrainingRun, state: TrainState, use: Collaborators) -> None:
     if use.validation is None or not config.eval.every:
         return
+    started_at = time.perf_counter()
     loss, tokens = use.engine.eval_loss(use.validation)
-    use.metrics.write({"step": state.step, "val_loss": loss, "val_tokens": tokens})
+    seconds = time.perf_counter() - started_at
+    use.metrics.write({"step": state.step, "val_loss": loss, "val_tokens": tokens, "val_seconds": seconds})
     use.progress.say(f"step {state.step}: validation loss {loss:.4f} over {tokens:,} tokens")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +28,17 @@ def _step(row: Row) -> int:
     return int(row["step"] or 0)
 
 
+@dataclass(frozen=True, slots=True)
+class CutOff:
+    """What a resumed run will do a second time."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    """That those steps took."""
+    last_row_at: float | None = None
+    """When the process before wrote its last row, seconds since 1970; None where there was none."""
+
+
 class JsonlSink:
     """`metrics.jsonl`: one JSON object a line, each by one write.
 
@@ -34,7 +46,7 @@ class JsonlSink:
     """
 
     def __init__(self, path: Path, resume_step: int) -> None:
-        _keep_rows(path, resume_step)
+        self.cut_off = _keep_rows(path, resume_step)
         self._path = path
         self._file = path.open("ab", buffering=0)  # a row that could not be written is not tried again in close()
 
@@ -57,11 +69,15 @@ class JsonlSink:
         self._file.close()
 
 
-def _keep_rows(path: Path, last_step: int) -> None:
+def _keep_rows(path: Path, last_step: int) -> CutOff:
     if not path.exists():
-        return
-    kept = [line for line in path.read_text("utf-8").splitlines() if (row := _row(line)) and row["step"] <= last_step]
+        return CutOff()
+    last_row_at = path.stat().st_mtime
+    lines = [(line, row) for line in path.read_text("utf-8").splitlines() if (row := _row(line))]
+    kept = [line for line, row in lines if row["step"] <= last_step]
     write_file(path, "".join(f"{line}\n" for line in kept).encode())
+    again = [row for _, row in lines if row["step"] > last_step and "loss" in row]
+    return CutOff(len(again), sum(float(row.get("step_seconds", 0.0)) for row in again), last_row_at)
 
 
 def _row(line: str) -> dict[str, Any] | None:

@@ -25,7 +25,7 @@ from megagpt.config.schema import TrainingRun
 from megagpt.data.manifest import read_manifest
 from megagpt.data.mixture import Mixture, open_mixture
 from megagpt.engine.engine import Engine
-from megagpt.errors import CheckpointError, MegaGPTError
+from megagpt.errors import CheckpointError, MegaGPTError, RunBusy
 from megagpt.lock import locked_folder
 from megagpt.model import flops
 from megagpt.parallel.mesh import Mesh
@@ -37,8 +37,9 @@ from megagpt.train.command import USAGE, Launch, parse_arguments
 from megagpt.train.compatible import changed_values, check_resumable, check_tokens
 from megagpt.train.describe import check_run, describe_plan, package_versions
 from megagpt.train.environment import check_rendezvous
+from megagpt.train.events import log_event, log_start
 from megagpt.train.loop import Collaborators, train
-from megagpt.train.metrics import JsonlSink, Metrics, Sink, TensorBoardSink, WandbSink
+from megagpt.train.metrics import CutOff, JsonlSink, Metrics, Sink, TensorBoardSink, WandbSink
 from megagpt.train.progress import ProgressLine
 from megagpt.train.schedule import lr_schedule
 from megagpt.train.start import start_mesh
@@ -92,7 +93,7 @@ def run_training(config: TrainingRun, plan: BatchPlan, launch: Launch, console: 
     mixture = open_mixture(config.data.train, plan.seq_len, config.run.seed)
     tokenizer = check_tokens(config, mixture)
     mesh = start_mesh(launch, config.parallel)
-    busy = MegaGPTError(f"{config.run.dir}: another process trains here; wait for it to end, or set another run.dir")
+    busy = RunBusy(f"{config.run.dir}: another process trains here; wait for it to end, or set another run.dir")
     with ExitStack() as held:
         mesh.on_main(lambda: held.enter_context(locked_folder(config.run.dir, busy)))
         _train_in_folder(config, plan, mesh, mixture, tokenizer, console)
@@ -113,8 +114,9 @@ def _train_in_folder(
     identity = mesh.together(lambda: _identity(config, mixture, tokenizer, mesh))
     changes = _changes(newest, identity)
     mesh.on_main(lambda: _write_run_files(config, plan, engine, identity))
-    mesh.on_main(lambda: _log_start(config.run.dir, state, plan, changes))
-    metrics = mesh.together(lambda: _open_metrics(config, state, mesh))
+    metrics, cut_off = mesh.together(lambda: _open_metrics(config, state, mesh))
+    told = {"world_size": plan.world_size} | ({"changed": changes} if changes else {})
+    mesh.on_main(lambda: log_start(config.run.dir, state.step, cut_off, **told))
     progress = ProgressLine(console, config.train.max_steps, state.step, shown=mesh.is_main and config.log.progress)
     with progress, closing(metrics):
         progress.say(_greeting(config, state, engine))
@@ -139,18 +141,6 @@ def _train_in_folder(
     mesh.on_main(lambda: log_event(config.run.dir, event, final.step))
 
 
-def log_event(run_dir: Path, event: str, step: int, **details: Any) -> None:
-    """Append a line to the run's history, events.jsonl."""
-    row = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "event": event,
-        "step": step,
-        **details,
-    }
-    with (run_dir / "events.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-
-
 def _newest_checkpoint(store: CheckpointStore, config: TrainingRun, mixture: Mixture, mesh: Mesh) -> Manifest | None:
     """The checkpoint to go on from, verified; None to start at step 0."""
     steps = mesh.gather(mesh.together(store.steps))[0]  # a shared folder may look older from another host
@@ -164,9 +154,23 @@ def _newest_checkpoint(store: CheckpointStore, config: TrainingRun, mixture: Mix
         raise CheckpointError(f"checkpoint.resume is 'must' but {store.folder} holds no complete checkpoint")
     if not steps:
         return None
-    manifest = verify_together(store.step_dir(steps[-1]), mesh)
-    check_resumable(config, manifest, mixture.fingerprint, store.step_dir(steps[-1]))
+    manifest = _verified(store, steps, config, mesh)
+    check_resumable(config, manifest, mixture.fingerprint, store.step_dir(manifest.step))
     return manifest
+
+
+def _verified(store: CheckpointStore, steps: list[int], config: TrainingRun, mesh: Mesh) -> Manifest:
+    """The newest checkpoint that is whole; the only one that is left is never set aside."""
+    for step in reversed(steps[1:]):
+        try:
+            return verify_together(store.step_dir(step), mesh)
+        except CheckpointError as error:
+            if not config.checkpoint.fall_back:
+                raise
+            cause = str(error)
+            mesh.on_main(lambda: store.set_aside(step))  # noqa: B023 - called at once
+            mesh.on_main(lambda: log_event(config.run.dir, "set_aside", step, cause=cause))  # noqa: B023
+    return verify_together(store.step_dir(steps[0]), mesh)
 
 
 def _restore(engine: Engine, store: CheckpointStore, newest: Manifest | None) -> TrainState:
@@ -214,29 +218,23 @@ def _changes(newest: Manifest | None, identity: Identity) -> dict[str, tuple[Any
     return changed_values(newest.config, identity.config) | versions
 
 
-def _log_start(run_dir: Path, state: TrainState, plan: BatchPlan, changes: Mapping[str, tuple[Any, Any]]) -> None:
-    details: dict[str, Any] = {"world_size": plan.world_size}
-    if changes:
-        details["changed"] = changes
-    log_event(run_dir, "resumed" if state.step else "started", state.step, **details)
-
-
 def _first_prefix(config: TrainingRun) -> Path:
     train_data = config.data.train
     return train_data if isinstance(train_data, Path) else train_data[0].prefix
 
 
-def _open_metrics(config: TrainingRun, state: TrainState, mesh: Mesh) -> Metrics:
+def _open_metrics(config: TrainingRun, state: TrainState, mesh: Mesh) -> tuple[Metrics, CutOff]:
     if not mesh.is_main:
-        return Metrics([])
+        return Metrics([]), CutOff()
     run_dir = config.run.dir
     last_kept = state.step or -1  # a run that starts at step 0 evaluates there again
-    sinks: list[Sink] = [JsonlSink(run_dir / "metrics.jsonl", last_kept)]
+    jsonl = JsonlSink(run_dir / "metrics.jsonl", last_kept)
+    sinks: list[Sink] = [jsonl]
     if config.log.tensorboard:
         sinks.append(TensorBoardSink(run_dir / "tensorboard", last_kept))
     if config.log.wandb_project is not None:
         sinks.append(WandbSink(config.log.wandb_project, run_dir, json.loads(config.model_dump_json())))
-    return Metrics(sinks)
+    return Metrics(sinks), jsonl.cut_off
 
 
 def _open_validation(config: TrainingRun, plan: BatchPlan, mesh: Mesh) -> ValidationBatches | None:
@@ -249,7 +247,10 @@ def _saver(
     config: TrainingRun, engine: Engine, store: CheckpointStore, identity: Identity
 ) -> Callable[[TrainState], None]:
     def save(state: TrainState) -> None:
+        started_at = time.perf_counter()
         save_checkpoint(store, engine.mesh, engine.owned_slices(), state.to_dict(), identity)
+        seconds = round(time.perf_counter() - started_at, 3)
+        engine.mesh.on_main(lambda: log_event(config.run.dir, "saved", state.step, seconds=seconds))
         prune_checkpoints(store, engine.mesh, config.checkpoint.keep_last, config.checkpoint.keep_every)
 
     return save

@@ -49,6 +49,8 @@ class Layout:
     schedule: str = "1f1b"
     dtype: str = "fp32"
     recompute: str = "none"
+    offload: bool = False
+    """Whether the optimizer's state is in host memory."""
 
     @property
     def world_size(self) -> int:
@@ -73,6 +75,7 @@ class Layout:
             f"acc{self.accumulation}",
             self.dtype * (self.dtype != "fp32"),
             self.recompute * (self.recompute != "none"),
+            "offload" * self.offload,
         ]
         return "-".join(part for part in parts if part)
 
@@ -92,6 +95,7 @@ class Layout:
             f"parallel.tensor={self.tensor}",
             f"parallel.zero_stage={self.zero}",
             f"parallel.tensor_sequence={str(self.tensor_sequence).lower()}",
+            f"parallel.offload_optimizer={'cpu' if self.offload else 'none'}",
         ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from megagpt.config.schema import TrainingRun
 from megagpt.engine import engine as engine_module
+from megagpt.engine.accounting import TensorAccounting
 from megagpt.engine.ds_config import ds_config
 from megagpt.engine.engine import init_distributed
 from megagpt.engine.pipeline import PipelinedEngine
@@ -59,29 +61,24 @@ def construct(large: TrainingRun, small: list[TrainingRun], folder: Path) -> Non
     """Make engines, and write what that took and what came of it.
 
     Writes:
-        `peaks.json`: for each process, most bytes at a time while the weights of `large` were made.
+        `peaks.json`: for each process, most bytes of tensors at a time while the weights of `large` were made.
         `RANK-INDEX.pt`: this process's part of each weight of the small models.
     """
     rank, world_size = join()
     mesh = make_mesh(rank, world_size, rank, torch.device("cpu"), large.parallel)
-    torch.distributed.broadcast(torch.ones(2**20), 0)  # what is set aside at its first use is not the model's
     plan = plan_batches(large, world_size)
     peaks: list[int] = []
     fill = engine_module.fill_in_parts
 
     def measured_fill(*args: object) -> None:
-        before = _reset_peak()
-        fill(*args)
-        peaks.append(_peak() - before)
+        peaks.append(_peak_bytes(lambda: fill(*args)))
 
     if large.parallel.zero_stage == 3:
         engine_module.fill_in_parts = measured_fill
         build_engine(large, plan, mesh)
         engine_module.fill_in_parts = fill
     else:
-        before = _reset_peak()
-        build_share(large, mesh)
-        peaks.append(_peak() - before)
+        peaks.append(_peak_bytes(lambda: build_share(large, mesh)))
     for index, config in enumerate(small):
         model = build_engine(config, plan_batches(config, world_size), mesh).model
         parts = {name: parameter.ds_tensor.clone() for name, parameter in model.named_parameters()}
@@ -99,18 +96,10 @@ def join() -> tuple[int, int]:
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
-def _reset_peak() -> int:
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def _peak() -> int:
-    return _status("VmHWM")
-
-
-def _status(key: str) -> int:
-    """Bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key):
-            return 1024 * int(line.split()[1])
-    raise LookupError(key)
+def _peak_bytes(make: Callable[[], object]) -> int:
+    """Most bytes of tensors that were alive at once, beside those that were there before."""
+    with TensorAccounting(dict) as accounting:
+        before = accounting.live_bytes
+        made = make()
+    del made
+    return accounting.peak_bytes - before

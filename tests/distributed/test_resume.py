@@ -16,7 +16,7 @@ from megagpt.data.indexed import TokenFileWriter
 from tests.distributed.processes import start, train_command
 from tests.tiny import run_words
 
-TIMES = ("step_seconds", "tokens_per_second")
+TIMES = ("step_seconds", "tokens_per_second", "val_seconds")
 
 
 def run(words, log, world_size=2):
@@ -142,8 +142,8 @@ def test_sigterm_saves_exits_0_and_the_same_command_goes_on(tmp_path, command):
     assert codes == [0, 0], output
     assert published(run_dir) == [stopped_at, stopped_at + 2]
     events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
-    assert [event["event"] for event in events] == ["started", "stopped", "resumed", "finished"]
-    assert events[2]["changed"] == {"optim.warmup_steps": [3, 1], "train.max_steps": [100, stopped_at + 2]}
+    assert [event["event"] for event in events] == ["started", "saved", "stopped", "resumed", "saved", "finished"]
+    assert events[3]["changed"] == {"optim.warmup_steps": [3, 1], "train.max_steps": [100, stopped_at + 2]}
     assert "changed since the checkpoint: optim.warmup_steps from 3 to 1" in (tmp_path / "log2").read_text()
 
 

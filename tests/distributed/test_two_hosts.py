@@ -9,7 +9,7 @@ import pytest
 
 from megagpt.parallel.plan import REFUSALS
 from tests.distributed.processes import start, train_command
-from tests.distributed.test_resume import rows
+from tests.distributed.test_resume import published, rows, wait_until
 from tests.distributed.two_hosts import BIN, ROOT, TwoHosts
 from tests.tiny import run_config, run_words
 
@@ -73,6 +73,38 @@ def test_two_hosts_give_the_rows_of_one(hosts, launch, slots, layout, tmp_path, 
     assert [row["step"] for row in two] == list(range(1, STEPS + 1))
     for row, other in zip(one, two, strict=True):
         assert other == pytest.approx(row, rel=1e-6)
+
+
+@exhaustive
+def test_a_run_goes_on_without_the_host_that_is_gone(hosts, tmp_path, tokens):
+    run_dir = tmp_path / "run"
+    common = ["train.max_steps=120", "checkpoint.save_every=10", "parallel.zero_stage=2"]
+    hostfile = hosts.write_hostfile(1)
+    options = ["--restarts", "1", "--wait", "1", "--hostfile", str(hostfile)]
+    supervisor = hosts.start(str(BIN / "megagpt"), "train", *options, *run_words(run_dir, tokens, *common))
+    try:
+        wait_until(lambda: len(published(run_dir)) >= 2)
+        hosts.stop_sshd("beta")
+        for process in hosts.processes("beta"):
+            process.kill()
+        out, _ = supervisor.communicate(timeout=200)
+    finally:
+        supervisor.kill()
+        hosts.start_sshd("beta")
+    assert supervisor.returncode == 0, out
+    assert "left out: beta: " in out
+    assert (run_dir / "hostfile").read_text() == "alpha slots=1\n"
+    history = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    started, failed, resumed, finished = [event for event in history if event["event"] != "saved"]
+    assert (started["event"], started["world_size"]) == ("started", 2)
+    assert failed["event"] == "failed"
+    assert (resumed["event"], resumed["world_size"]) == ("resumed", 1)
+    assert finished["event"] == "finished"
+    start(train_command, 2, run_words(tmp_path / "one", tokens, *common), log=tmp_path / "log").finish()
+    found, expected = rows(run_dir), rows(tmp_path / "one")
+    assert [row["step"] for row in found] == list(range(1, 121))
+    for row, other in zip(expected, found, strict=True):
+        assert other == pytest.approx(row, rel=1e-4)
 
 
 def doctor(hosts, *words):

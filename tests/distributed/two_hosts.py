@@ -10,6 +10,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,6 +122,13 @@ class TwoHosts:
             out, _ = process.communicate()
             pytest.fail(f"{command} ran for more than {seconds} s\n{out}")
         return process.returncode, out
+
+    def processes(self, name: str) -> list[psutil.Process]:
+        """Everything that runs on a host."""
+        done = subprocess.run(
+            ["ip", "netns", "pids", self._namespaces[name]], capture_output=True, text=True, check=True
+        )
+        return [psutil.Process(int(pid)) for pid in done.stdout.split()]
 
     def start_sshd(self, name: str) -> None:
         """`ip netns exec` gives a namespace of mounts as well: one folder of beta's is its own."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from megagpt.parallel.memory import recompute_memory
 from megagpt.parallel.plan import plan_batches
 from megagpt.train.describe import check_run, describe_plan, plan_as_text
@@ -39,6 +41,11 @@ def test_the_plan_holds_the_formulas_of_the_worst_stage(tmp_path):
     described = describe_plan(config, plan)
     assert described["memory_stage"] in (0, 1)
     assert f"a process of stage {described['memory_stage']}, which needs most" in plan_as_text(described)
+    first, last = described["stages"]
+    assert first["layers"].startswith("embedding, blocks 0-")
+    assert last["layers"].endswith(f"-{config.model.n_layer - 1}, final norm, head")
+    assert first["flops"] + last["flops"] == pytest.approx(1.0)
+    assert f"stage 0    {first['layers']}: {first['flops']:.1%} of the FLOPs" in plan_as_text(described)
     total = described["memory_bytes"]["total_bytes"]
     assert total == max(described["memory_bytes"]["phase_bytes"].values())
     assert recompute_memory(config, plan)["recompute=none"].total_bytes == total

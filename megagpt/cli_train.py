@@ -1,0 +1,131 @@
+"""`megagpt train` and `megagpt plan`: thin, as cli.py; imports stand inside the command."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from megagpt.cli_base import PATH, WITH_EXTRA_WORDS, examples
+from megagpt.errors import ConfigError
+
+
+@click.command(
+    context_settings=WITH_EXTRA_WORDS,
+    **examples(
+        "megagpt train configs/quickstart.yaml",
+        "megagpt train --processes 2 configs/quickstart.yaml parallel.zero_stage=2 run.dir=runs/two",
+        "megagpt train --hostfile hosts configs/model/gpt2_124m.yaml my_run.yaml optim.lr=3e-4",
+        "megagpt train --hostfile hosts --hosts 16 --restarts 5 my_run.yaml    # the others in the file are spare",
+        "megagpt train --launcher-args '--master_port 29600' configs/quickstart.yaml",
+        "megagpt train --check configs/quickstart.yaml",
+    ),
+)
+@click.argument("configs", nargs=-1, required=True)
+@click.option(
+    "--processes", type=click.IntRange(min=1), help="Processes (accelerators) on each host; DeepSpeed's default."
+)
+@click.option("--hostfile", type=PATH, help="Lines `NAME slots=N`, as for `deepspeed --hostfile`; this host if none.")
+@click.option("--launcher-args", default="", help="Further arguments of the `deepspeed` launcher, as one string.")
+@click.option(
+    "--restarts",
+    type=click.IntRange(min=0),
+    help="Start again after a failure; give up after so many in a row without a new checkpoint. With --hostfile, hosts "
+    "that do not answer are left out, and the file is read again each time.",
+)
+@click.option("--hosts", type=click.IntRange(min=1), help="With --restarts: use so many hosts, keep the others spare.")
+@click.option("--ssh-port", type=int, help="With --restarts: as for deepspeed --ssh_port.")
+@click.option("--wait", default=5.0, show_default=True, help="Seconds before the first restart; doubled each time.")
+@click.option(
+    "--check", is_flag=True, help="Resolve the configuration, print the plan and exit; no accelerator needed."
+)
+def train(configs: tuple[str, ...], processes: int | None, check: bool, **options: Any) -> None:  # noqa: FBT001
+    """Train a model under the DeepSpeed launcher. CONFIGS are YAML files, then KEY=VALUE overrides.
+
+    Exit codes: 0 done, or stopped by a signal after saving; 2 wrong input; 3 training diverged; 5 another process
+    trains in the run's folder. With --restarts, 2 and 3 end the run at once; everything else is tried again.
+    """
+    from megagpt.train.command import launcher_command, parse_arguments
+
+    config = parse_arguments(configs).load()  # wrong input is told before any process starts
+    if check:
+        from megagpt.train.describe import check_run
+
+        click.echo(check_run(config, processes or 1))
+        return
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    command = partial(launcher_command, processes, options["launcher_args"])
+    if options["restarts"] is not None:
+        click.get_current_context().exit(_supervise(config, command, environment, configs, **options))
+    if options["hosts"] is not None:
+        raise ConfigError("--hosts goes with --restarts; without it, say --launcher-args '--num_nodes N'")
+    words = command(configs, _hostfile_words(options["hostfile"]))
+    os.execve(words[0], words, environment)  # signals then reach the launcher itself
+
+
+def _supervise(config: Any, command: Any, environment: dict[str, str], configs: tuple[str, ...], **options: Any) -> int:
+    from megagpt.supervise.hosts import Hosts
+    from megagpt.supervise.supervisor import Patience, Supervisor
+
+    def say(line: str) -> None:
+        click.secho(f"megagpt: {line}", fg="yellow", err=True)
+
+    hostfile: Path | None = options["hostfile"]
+    port = [] if options["ssh_port"] is None else ["--ssh_port", str(options["ssh_port"])]
+    hosts = Hosts(hostfile, config, options["hosts"], options["ssh_port"], say) if hostfile is not None else None
+
+    def words() -> list[str]:
+        chosen = hosts.launcher_arguments() if hosts is not None else []
+        found: list[str] = command((*configs, "checkpoint.fall_back=true"), [*port, *chosen])
+        return found
+
+    # pdsh waits for ssh, and ssh by itself for ever for a host that has gone.
+    environment.setdefault("PDSH_SSH_ARGS_APPEND", "-o ServerAliveInterval=15 -o ServerAliveCountMax=4")
+    patience = Patience(options["restarts"], options["wait"])
+    supervisor = Supervisor(config.run.dir, words, environment, patience, say)
+    return supervisor.run()
+
+
+def _hostfile_words(hostfile: Path | None) -> list[str]:
+    return [] if hostfile is None else ["--hostfile", str(hostfile)]
+
+
+@click.command(
+    context_settings=WITH_EXTRA_WORDS,
+    **examples(
+        "megagpt plan configs/model/llama_7b.yaml my_run.yaml --world-size 64 --memory 70 --per-node 8",
+        "megagpt plan configs/quickstart.yaml --world-size 4",
+        "megagpt plan my_run.yaml train.micro_batch_size=2 --world-size 512 --memory 70 --json",
+    ),
+)
+@click.argument("configs", nargs=-1, required=True)
+@click.option("--world-size", type=click.IntRange(min=1), required=True, help="Processes (accelerators) of the run.")
+@click.option("--memory", type=float, help="GiB of an accelerator: leave out what needs more.")
+@click.option("--per-node", type=click.IntRange(min=1), help="Accelerators of a host: no tensor group over two.")
+@click.option("--top", type=click.IntRange(min=1), default=15, show_default=True, help="Layouts to show.")
+@click.option("--json", "json_out", is_flag=True, help="Print all of them as JSON, with the words that choose each.")
+def plan(configs: tuple[str, ...], top: int, json_out: bool, **options: Any) -> None:  # noqa: FBT001
+    """Every layout that can run on a number of processes, with its memory, the most promising first.
+
+    CONFIGS are those of a run; degrees, ZeRO stage and recomputation are varied, all else stays. Memory is by the
+    formulas that `megagpt bench layouts` compares with what tensors really need. The order is a rule of thumb (time
+    lost to recomputation and to waiting stages, then traffic), not a measurement. Below the table stand the words of
+    the first one.
+    """
+    from rich.console import Console
+
+    from megagpt.train.command import parse_arguments
+    from megagpt.train.layout_table import as_json, as_table, plan_layouts
+
+    found = plan_layouts(parse_arguments(configs).load(), options["world_size"], options["memory"], options["per_node"])
+    if json_out:
+        click.echo(as_json(found))
+        return
+    console = Console()
+    if not console.is_terminal:  # a log file has no width
+        console.width = 120
+    console.print(as_table(found, top))
+    click.echo(found[0].overrides)

@@ -1,0 +1,178 @@
+"""`megagpt train --restarts N`: start the launcher again after a failure, on the hosts that are there.
+
+A run goes on from its newest checkpoint by itself; what is done here is only to notice that it ended, to see that
+nothing of it is left, to leave out hosts that do not answer, and to say why and how often it was started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from megagpt.checkpoint.store import CheckpointStore
+from megagpt.errors import MegaGPTError, RunBusy, TrainingDiverged
+from megagpt.train.events import log_event
+
+STOPPED = 128 + signal.SIGTERM
+"""Exit code where a stop was asked for and the run did not say that it had saved."""
+FINAL_CODES = (MegaGPTError.exit_code, TrainingDiverged.exit_code)
+"""The same command would end with them again: what it says is to be mended first."""
+
+_CAUSES = {
+    1: "a process ended with an error of the program; its traceback stands above",
+    RunBusy.exit_code: "another process trains in the run's folder",
+}
+_ASK_AGAIN_SECONDS = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How often and how fast to start again."""
+
+    restarts: int
+    """Failures in a row, with no new checkpoint between them, after which the run is given up."""
+    first_wait_seconds: float = 5.0
+    """Before the first restart; twice as long before each further one that comes without progress."""
+    longest_wait_seconds: float = 300.0
+    grace_seconds: float = 60.0
+    """For processes that are left over to save and end by themselves, before they are killed."""
+
+    def wait_seconds(self, failures: int) -> float:
+        """Before the next start, after so many failures in a row."""
+        return min(self.first_wait_seconds * 2.0 ** (failures - 1), self.longest_wait_seconds)
+
+
+class Supervisor:
+    """Starts one run until it has ended well, was asked to stop, or fails without getting anywhere.
+
+    Args:
+        run_dir: of the run.
+        command: gives the words that start the launcher; asked before each start, so that they may name other hosts.
+        environment: of the launcher.
+        patience: see there.
+        say: shows a line to the user.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        command: Callable[[], Sequence[str]],
+        environment: Mapping[str, str],
+        patience: Patience,
+        say: Callable[[str], object],
+    ) -> None:
+        self._run_dir = run_dir
+        self._store = CheckpointStore(run_dir / "checkpoints")
+        self._command = command
+        self._environment = environment
+        self._patience = patience
+        self._say = say
+        self._launcher: subprocess.Popen[bytes] | None = None
+        self._stopping = False
+
+    def run(self) -> int:
+        """Start, wait, start again; the exit code for the shell.
+
+        Raises:
+            MegaGPTError: no command can be made for the hosts that are left.
+        """
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        failures = 0
+        while True:
+            before = self._newest_step()
+            code = self._attempt()
+            if self._stopping:
+                return 0 if self._newest_step() > before or code == 0 else STOPPED
+            if code == 0 or code in FINAL_CODES:
+                return code
+            progressed = self._newest_step() > before
+            failures = 1 if progressed else failures + 1
+            log_event(self._run_dir, "failed", self._newest_step(), exit_code=code, cause=cause_of(code))
+            if failures > self._patience.restarts:
+                self._say(
+                    f"{self._run_dir}: given up after {failures} failures in a row without a new checkpoint; "
+                    f"the last one: {cause_of(code)}"
+                )
+                return code if code > 0 else 128 - code
+            if self._asked_to_stop_while_waiting(code, failures):
+                return STOPPED
+
+    def _attempt(self) -> int:
+        """Run the launcher once, and leave none of its processes behind; its exit code, negative for a signal."""
+        words = list(self._command())
+        # A session of its own: whatever the launcher starts on this host can be found again, also when it has died.
+        self._launcher = subprocess.Popen(words, env=dict(self._environment), start_new_session=True)
+        if self._stopping:  # the signal came while it was being started
+            self._launcher.terminate()
+        code = self._launcher.wait()
+        self._clear_away(self._launcher.pid)
+        return code
+
+    def _clear_away(self, session: int) -> None:
+        until = time.monotonic() + self._patience.grace_seconds
+        while left := processes_of(session):
+            if time.monotonic() > until:
+                self._say(f"killing {len(left)} processes that the launcher left behind: {[p.pid for p in left]}")
+                for process in left:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.kill()  # reaches stopped ones as well
+            time.sleep(_ASK_AGAIN_SECONDS)
+
+    def _asked_to_stop_while_waiting(self, code: int, failures: int) -> bool:
+        seconds = self._patience.wait_seconds(failures)
+        self._say(
+            f"{self._run_dir}: {cause_of(code)}; starting again in {seconds:.0f} s from "
+            + (f"step {self._newest_step()}" if self._newest_step() else "the beginning")
+            + f" ({failures} of {self._patience.restarts} without a new checkpoint)"
+        )
+        until = time.monotonic() + seconds
+        while not self._stopping and time.monotonic() < until:
+            time.sleep(_ASK_AGAIN_SECONDS)
+        return self._stopping
+
+    def _newest_step(self) -> int:
+        steps = self._store.steps()
+        return steps[-1] if steps else 0
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - signal's signature
+        """Ask the run to save and stop: its processes do when their launcher has gone."""
+        self._stopping = True
+        if self._launcher is not None and self._launcher.poll() is None:
+            self._launcher.terminate()
+
+
+def processes_of(session: int) -> list[psutil.Process]:
+    """The processes of a session on this host that have not ended."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def cause_of(code: int) -> str:
+    """What an exit code of the launcher says to a person."""
+    if code < 0:
+        return f"the launcher was ended by {_signal_name(-code)}"
+    if code in _CAUSES:
+        return _CAUSES[code]
+    for number in (256 - code, code - 128):  # as deepspeed passes on a rank's end by a signal, and as a shell does
+        if number in signal.valid_signals():
+            return f"a process was ended by {_signal_name(number)}"
+    return f"the launcher ended with exit code {code}"
+
+
+def _signal_name(number: int) -> str:
+    names = {int(one): one.name for one in signal.Signals}
+    return names.get(number, f"signal {number}")

@@ -1,0 +1,102 @@
+"""A run's history, events.jsonl: what happened to it, one line each, and how its time was spent.
+
+Every row has `time` (UTC), `event` and `step`:
+
+    started, resumed    world_size, changed (key -> [before, now]), start_seconds (from the process's start to here),
+                        and, where a process was there before: down_seconds, repeated_steps, repeated_seconds
+    saved               seconds that training waited
+    failed              exit_code and cause, by `megagpt train --restarts`
+    stopped, finished
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from megagpt.train.metrics import CutOff
+
+EVENTS = "events.jsonl"
+
+
+def log_event(run_dir: Path, event: str, step: int, **details: Any) -> None:
+    """Append a line to the run's history."""
+    now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    row = {"time": now, "event": event, "step": step, **details}
+    with (run_dir / EVENTS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def log_start(run_dir: Path, step: int, cut_off: CutOff, **details: Any) -> None:
+    """Say that training begins, or goes on after a process that has ended.
+
+    Args:
+        run_dir: of the run.
+        step: that it stands at.
+        cut_off: what the process before had done since then.
+        details: what else to say.
+    """
+    began_at = psutil.Process().create_time()
+    details["start_seconds"] = round(time.time() - began_at, 3)
+    if cut_off.last_row_at is not None:
+        details["down_seconds"] = round(max(0.0, began_at - cut_off.last_row_at), 3)
+        details["repeated_steps"] = cut_off.steps
+        details["repeated_seconds"] = round(cut_off.seconds, 3)
+    log_event(run_dir, "resumed" if step else "started", step, **details)
+
+
+@dataclass(frozen=True, slots=True)
+class Goodput:
+    """How the time of a run was spent, in seconds."""
+
+    wall: float
+    """From the start of its first process to its last sign of life."""
+    useful: float
+    """In steps that count."""
+    lost: Mapping[str, float]
+    """Cause -> seconds. Together with `useful` they are `wall`."""
+    restarts: int
+
+    @property
+    def fraction(self) -> float:
+        """Useful time over all time."""
+        return self.useful / self.wall if self.wall else 1.0
+
+
+def goodput(events: Iterable[Mapping[str, Any]], rows: Iterable[Mapping[str, Any]]) -> Goodput | None:
+    """Account for a run's time.
+
+    Args:
+        events: of events.jsonl, oldest first.
+        rows: of metrics.jsonl.
+
+    Returns:
+        None where the history says nothing about times.
+    """
+    events, rows = list(events), list(rows)
+    starts = [event for event in events if "start_seconds" in event]
+    if not starts:
+        return None
+    lost = dict.fromkeys(("down", "starting", "steps done again", "saving", "validation"), 0.0)
+    for event in starts:
+        lost["starting"] += event["start_seconds"]
+        lost["down"] += event.get("down_seconds", 0.0)
+        lost["steps done again"] += event.get("repeated_seconds", 0.0)
+    lost["saving"] = sum(event.get("seconds", 0.0) for event in events if event["event"] == "saved")
+    lost["validation"] = sum(row.get("val_seconds", 0.0) for row in rows)
+    useful = sum(row["step_seconds"] for row in rows if "loss" in row)
+    wall = _seconds(events[-1]["time"]) - _seconds(starts[0]["time"]) + starts[0]["start_seconds"]
+    named = useful + sum(lost.values())
+    lost["other"] = max(0.0, wall - named)
+    return Goodput(max(wall, named), useful, lost, len(starts) - 1)
+
+
+def _seconds(time_text: str) -> float:
+    return datetime.fromisoformat(time_text).timestamp()

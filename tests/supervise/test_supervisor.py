@@ -1,0 +1,143 @@
+"""What starts a run again, with a small program in the launcher's place: when it does, when not, and what it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+
+from megagpt.errors import RunBusy
+from megagpt.supervise.supervisor import STOPPED, Patience, Supervisor, cause_of, processes_of
+
+# Does what the next line of a file says: saves a step, leaves a process behind, waits, ends.
+LAUNCHER = """
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+folder = Path(sys.argv[1])
+attempts = folder / "attempts"
+number = len(attempts.read_text()) if attempts.exists() else 0
+attempts.write_text("x" * (number + 1))
+do = json.loads((folder / "plan.json").read_text())[number]
+if "save" in do:
+    (folder / "run" / "checkpoints" / f"step_{do['save']:08d}").mkdir(parents=True)
+if "leave" in do:
+    program = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(1000)"
+    left = subprocess.Popen([sys.executable, "-c", program])
+    if do["leave"] == "stopped":
+        left.send_signal(signal.SIGSTOP)
+    (folder / "left").write_text(str(left.pid))
+if "wait" in do:
+    (folder / "waits").touch()
+    time.sleep(do["wait"])
+if "signal" in do:
+    os.kill(os.getpid(), do["signal"])
+sys.exit(do["code"])
+"""
+
+
+@pytest.fixture
+def supervised(tmp_path):
+    """Run a plan; exit code, starts, what was said, events."""
+
+    def run(*plan, restarts=2):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "plan.json").write_text(json.dumps(plan))
+        said: list[str] = []
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+        try:
+            code = Supervisor(
+                tmp_path / "run",
+                lambda: [sys.executable, "-c", LAUNCHER, str(tmp_path)],
+                os.environ,
+                Patience(restarts, first_wait_seconds=0.01, grace_seconds=0.3),
+                said.append,
+            ).run()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        history = tmp_path / "run" / "events.jsonl"
+        events = [json.loads(line) for line in history.read_text().splitlines()] if history.exists() else []
+        return code, len((tmp_path / "attempts").read_text()), said, events
+
+    return run
+
+
+def test_a_failure_is_followed_by_a_start_and_the_history_tells_it(supervised):
+    code, starts, said, events = supervised({"save": 4, "code": 1}, {"signal": 9, "code": 0}, {"code": 0})
+    assert (code, starts) == (0, 3)
+    assert [(event["event"], event["step"], event["exit_code"]) for event in events] == [
+        ("failed", 4, 1),
+        ("failed", 4, -9),
+    ]
+    assert events[1]["cause"] == "the launcher was ended by SIGKILL"
+    assert "starting again in 0 s from step 4 (1 of 2 without a new checkpoint)" in said[0]
+
+
+def test_it_is_given_up_after_failures_without_a_new_checkpoint_not_after_all(supervised):
+    saving = [{"save": step, "code": 1} for step in range(1, 6)]
+    code, starts, said, _ = supervised(*saving, {"code": 1}, {"code": 1}, {"code": 1}, restarts=2)
+    assert (code, starts) == (1, 7)  # the fifth, which saved, is the first of three failures in a row
+    assert "given up after 3 failures in a row without a new checkpoint" in said[-1]
+
+
+@pytest.mark.parametrize("final", [2, 3])
+def test_what_would_happen_again_is_not_tried_again(final, supervised):
+    assert supervised({"code": final})[:2] == (final, 1)
+
+
+def test_a_busy_folder_is_tried_again(supervised):
+    assert supervised({"code": RunBusy.exit_code}, {"code": 0})[:2] == (0, 2)
+
+
+@pytest.mark.parametrize("state", ["sleeping", "stopped"])
+def test_nothing_of_a_failed_start_is_left_when_the_next_one_comes(state, supervised, tmp_path):
+    code, _, said, _ = supervised({"leave": state, "code": 1}, {"code": 0})
+    assert code == 0
+    pid = int((tmp_path / "left").read_text())
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    assert f"killing 1 processes that the launcher left behind: [{pid}]" in said
+
+
+@pytest.mark.parametrize(("saves", "expected"), [(True, 0), (False, STOPPED)])
+def test_a_stop_is_passed_on_and_nothing_is_started_again(saves, expected, supervised, tmp_path):
+    def stop():
+        until = time.monotonic() + 30
+        while not (tmp_path / "waits").exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop).start()
+    plan = {"wait": 60, "code": 0} | ({"save": 3} if saves else {})
+    started_at = time.monotonic()
+    code, starts, _, events = supervised(plan, {"code": 0})
+    assert (code, starts, events) == (expected, 1, [])
+    assert time.monotonic() - started_at < 30
+
+
+def test_waits_grow_up_to_a_limit():
+    patience = Patience(9, first_wait_seconds=5, longest_wait_seconds=60)
+    assert [patience.wait_seconds(failures) for failures in (1, 2, 3, 4, 5, 6)] == [5, 10, 20, 40, 60, 60]
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [(-15, "SIGTERM"), (247, "a process was ended by SIGKILL"), (137, "a process was ended by SIGKILL"),
+     (5, "another process trains"), (1, "traceback"), (77, "exit code 77")],
+)  # fmt: skip
+def test_an_exit_code_is_put_into_words(code, words):
+    assert words in cause_of(code)
+
+
+def test_processes_of_a_session_are_found_also_when_their_parent_has_gone():
+    inner = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    parent = subprocess.Popen([sys.executable, "-c", inner], start_new_session=True)
+    assert parent.wait(30) == 0
+    (orphan,) = processes_of(parent.pid)
+    orphan.kill()
