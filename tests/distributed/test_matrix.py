@@ -36,8 +36,8 @@ MOST_PROCESSES = 8
 SEQ_LEN = 32
 """Tokens: a quarter of what the configurations say, so that all of it takes less than half an hour on two cores."""
 LR = 1e-3
-"""The loss falls by a sixth in 20 steps. At 3e-3 these models have a spike (gradient norms up to 8.7), and behind it two
-runs that are equal to 1e-6 until then are 4e-5 apart, whatever the layout."""
+"""The loss falls by a sixth in 20 steps. At 3e-3 these models have a spike (gradient norms up to 8.7), and behind it
+two runs that are equal to 1e-6 until then are 4e-5 apart, whatever the layout."""
 MODELS = {"gpt2_tiny": "gpt2", "llama_tiny": "llama"}
 """Of configs/model -> their family."""
 
