@@ -2,6 +2,7 @@
 # make test         environment if missing, then the whole test suite
 # make test-matrix  every parallel layout up to eight processes against a plain loop
 # make test-faults  the tests that take long: a kill at every call that changes a file, checkpoints between all places, Slurm
+# make test-soak    half an hour of random faults on a small run, which must end as if nothing had been
 # make install      the environment that both use: .venv
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export PATH := $(abspath $(BIN)):$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 
-.PHONY: install quickstart test test-fast test-matrix test-faults lint format clean
+.PHONY: install quickstart test test-fast test-matrix test-faults test-soak lint format clean
 
 install: $(VENV)/.installed
 
@@ -37,13 +38,16 @@ test: install lint
 	$(BIN)/python -m pytest
 
 test-fast: install
-	$(BIN)/python -m pytest -m 'not slow and not exhaustive'
+	$(BIN)/python -m pytest -m 'not slow and not exhaustive and not soak'
 
 test-matrix: install
 	$(BIN)/python -m pytest -m exhaustive tests/distributed/test_matrix.py --log-cli-level=INFO
 
 test-faults: install
 	$(BIN)/python -m pytest -m exhaustive --ignore tests/distributed/test_matrix.py
+
+test-soak: install
+	$(BIN)/python -m pytest -m soak tests/soak --log-cli-level=INFO
 
 lint: install
 	$(BIN)/ruff check .

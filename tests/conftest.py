@@ -17,6 +17,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What `make test-soak` says."""
+    parser.addoption("--soak-minutes", type=float, default=30.0, help="how long tests/soak injects faults")
+    parser.addoption("--soak-seed", type=int, default=1, help="which faults tests/soak injects")
+
+
 @pytest.fixture(scope="session")
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A token file without a manifest, for tests/tiny.py."""
