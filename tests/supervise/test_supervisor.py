@@ -26,7 +26,9 @@ number = len(attempts.read_text()) if attempts.exists() else 0
 attempts.write_text("x" * (number + 1))
 do = json.loads((folder / "plan.json").read_text())[number]
 if "save" in do:
-    (folder / "run" / "checkpoints" / f"step_{do['save']:08d}").mkdir(parents=True)
+    step_dir = folder / "run" / "checkpoints" / f"step_{do['save']:08d}"
+    step_dir.mkdir(parents=True)
+    (step_dir / "manifest.json").touch()
 if "leave" in do:
     program = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(1000)"
     left = subprocess.Popen([sys.executable, "-c", program])
