@@ -48,6 +48,7 @@ from megagpt.train.stop import StopRequest
 
 INTERRUPTED = 128 + signal.SIGINT
 """Exit code of Ctrl-C before there is anything to save, as a shell tells it."""
+_SECONDS_TO_TELL = 1.0
 
 
 def main(argv: Sequence[str], environment: Mapping[str, str]) -> int:
@@ -68,7 +69,10 @@ def main(argv: Sequence[str], environment: Mapping[str, str]) -> int:
         check_rendezvous(environment)
         run_training(config, plan, launch, console)
     except MegaGPTError as error:
-        if launch.local_rank == 0:  # each host tells: a file may be missing on one of them alone
+        if launch.local_rank != 0:
+            # The launcher ends all ranks when it sees one that has ended, and the one that tells shall come to it.
+            time.sleep(_SECONDS_TO_TELL)
+        else:  # each host tells: a file may be missing on one of them alone
             Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return error.exit_code
     except KeyboardInterrupt:

@@ -124,8 +124,15 @@ def kill_and_go_on(
 
 def test_killed_before_calls_spread_over_the_whole_job(config: Path, server: Server, whole):
     calls, files = whole
-    rng = random.Random(5)
-    for kill_at in sorted(rng.sample(range(calls), 12)):
+    for kill_at in sorted(random.Random(5).sample(range(calls), 5)):
+        kill_and_go_on(config, server, kill_at, files)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(1200)
+def test_killed_before_many_more_calls(config: Path, server: Server, whole):
+    calls, files = whole
+    for kill_at in sorted(random.Random(6).sample(range(calls), 30)):
         kill_and_go_on(config, server, kill_at, files)
 
 
@@ -186,7 +193,7 @@ def killed_at_random_moments(folder: Path, n_kills: int, workers: int) -> int:
 
 
 def test_the_program_killed_at_random_moments_ends_with_the_same_bytes(tmp_path: Path):
-    assert killed_at_random_moments(tmp_path, 3, workers=2) > 0
+    assert killed_at_random_moments(tmp_path, 2, workers=2) > 0
 
 
 @pytest.mark.exhaustive

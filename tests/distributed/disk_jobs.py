@@ -5,21 +5,18 @@ from __future__ import annotations
 import json
 import os
 import resource
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
 from megagpt.config.schema import TrainingRun
 from megagpt.data.mixture import open_mixture
-from megagpt.engine import engine as engine_module
 from megagpt.engine.disk import ScratchFile
 from megagpt.errors import MegaGPTError
 from megagpt.parallel.mesh import make_mesh
 from megagpt.parallel.plan import plan_batches
 from megagpt.train.batches import TrainBatches
 from megagpt.train.build import build_engine
-from tests.distributed.jobs import Job, run_jobs
 from tests.distributed.offload_jobs import join
 
 N = 2**18 + 17
@@ -28,13 +25,6 @@ MISALIGNED = 37
 """Elements before what is read, which begins at no multiple of 512 bytes."""
 LIMIT = 2**20
 """Bytes that a file may have, in place of a full disk."""
-
-
-def run_with_deepspeeds_access(jobs: list[Job], out: Path) -> None:
-    """Run jobs with DeepSpeed's own access to the disk in place of ours."""
-    engine_module.swapping_through = lambda _: nullcontext()
-    engine_module.reserve_for = lambda *_: None
-    run_jobs(jobs, out)
 
 
 def look_at_state(config: TrainingRun, out: Path) -> None:

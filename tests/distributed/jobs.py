@@ -44,7 +44,8 @@ class Job:
     save: Path | None = None
     """Folder of a store to save into at the end."""
     save_first: Path | None = None
-    """Folder of a store to save into after the first step."""
+    """Folder of a store to save into after the first step, or the first few."""
+    first_steps: int = 1
     validate: int | None = None
     """At the end, evaluate over so many sequences of `data.val`."""
     without: str | None = None
@@ -136,7 +137,7 @@ def _train(job: Job, engine: Engine, state: TrainState, measured: Measured) -> T
             micro_batches[job.swap_micro_batch] = batches.step(state.step + 1)[job.swap_micro_batch]
         outcome = engine.train_step(micro_batches, schedule(state.step))
         state = state.after_step(plan.tokens_per_step, skipped=outcome.skipped)
-        if job.save_first is not None and len(measured.losses) == 0:
+        if job.save_first is not None and len(measured.losses) + 1 == job.first_steps:
             _save(job, job.save_first, engine, state)
         measured.samples.append(_hash_of_samples(micro_batches, mesh))
         measured.losses.append(outcome.loss)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,26 +13,26 @@ import torch
 from megagpt.checkpoint.open import rank_files
 from megagpt.checkpoint.store import CheckpointStore, read_manifest
 from megagpt.checkpoint.tensors import KINDS, SliceReader
+from megagpt.config.schema import TrainingRun
+from megagpt.model.build import build_model
+from megagpt.model.init import init_weights
 from tests.distributed.jobs import Job, Measured, read_measured, run_jobs
 from tests.distributed.processes import start
-from tests.reference_loop import Curve
+from tests.reference_loop import Curve, reference_run
+from tests.tiny import run_config
 
 STEPS = 20
 BATCH = 8
 
-# Heads of an even width, as many as the largest tensor group has processes; as many blocks as there are stages.
-MODELS = {
-    "gpt2": ("gpt2", "model.n_head=4", "model.d_model=32", "model.n_layer=4"),
-    "llama": ("llama", "model.n_layer=4"),  # 4 query heads, 2 key and value heads
-    "mqa": (
-        "llama",
-        "model.n_kv_head=1",
-        "model.d_model=32",
-        "model.qk_norm=true",
-        "model.tied_head=true",
-        "model.n_layer=4",
-    ),
+# Heads of an even width, and as many as the largest tensor group has processes.
+SHALLOW = {
+    "gpt2": ("gpt2", "model.n_head=4", "model.d_model=32"),
+    "llama": ("llama",),  # 4 query heads, 2 key and value heads
+    "mqa": ("llama", "model.n_kv_head=1", "model.d_model=32", "model.qk_norm=true", "model.tied_head=true"),
 }
+# As many blocks as there are stages. The loss falls by a tenth; at 1e-2 rounding grows tenfold every six steps.
+DEEP = {f"deep_{name}": (*words, "model.n_layer=4", "optim.lr=3e-3") for name, words in SHALLOW.items()}
+MODELS = SHALLOW | DEEP
 
 
 @dataclass(frozen=True, order=True, kw_only=True)
@@ -51,6 +52,10 @@ class Layout:
     recompute: str = "none"
     offload: bool = False
     """Whether the optimizer's state is in host memory."""
+    more: tuple[str, ...] = ()
+    """Further words of the configuration, the last ones."""
+    label: str = ""
+    """What stands for `more` in the name, where its values should not."""
 
     @property
     def world_size(self) -> int:
@@ -76,6 +81,7 @@ class Layout:
             self.dtype * (self.dtype != "fp32"),
             self.recompute * (self.recompute != "none"),
             "offload" * self.offload,
+            self.label or "-".join(word.rpartition(".")[2] for word in self.more),
         ]
         return "-".join(part for part in parts if part)
 
@@ -84,7 +90,6 @@ class Layout:
         return [
             *MODELS.get(self.family, ())[1:],
             f"train.max_steps={STEPS}",
-            "optim.lr=3e-3",  # the loss falls by a tenth; at 1e-2 rounding grows tenfold every six steps
             f"train.global_batch_size={BATCH}",
             f"train.micro_batch_size={BATCH // self.data // self.accumulation}",
             f"train.dtype={self.dtype}",
@@ -96,25 +101,69 @@ class Layout:
             f"parallel.zero_stage={self.zero}",
             f"parallel.tensor_sequence={str(self.tensor_sequence).lower()}",
             f"parallel.offload_optimizer={'cpu' if self.offload else 'none'}",
+            *self.more,
         ]
+
+
+Configure = Callable[..., TrainingRun]
+"""Called with a layout and further words."""
+Jobs = list[tuple[Layout, Job]]
 
 
 def by_name(layout: Layout) -> str:
     return layout.name
 
 
-def measure(jobs: Iterable[tuple[Layout, Job]], where: Path, seconds: float = 3000) -> dict[str, Measured]:
-    """Run the jobs, a group of processes for all layouts of the same degrees, one group after the other."""
+def configuration(layout: Layout, tokens: Path, *words: str) -> TrainingRun:
+    """Of a layout whose family is one of `MODELS`."""
+    family = MODELS[layout.family][0]
+    return run_config(tokens.parent / "unused", tokens, *layout.words(), *words, family=family)
+
+
+class References(dict[str, Curve]):
+    """Family -> what the plain loop shows in `STEPS` steps; computed when it is asked for."""
+
+    def __init__(self, configure: Configure) -> None:
+        super().__init__()
+        self._configure = configure
+
+    def __missing__(self, family: str) -> Curve:
+        self[family] = reference_run(self._configure(Layout(family=family)), STEPS)
+        return self[family]
+
+
+def measure(jobs: Jobs, where: Path, seconds: float = 3000) -> dict[str, Measured]:
+    """Run the jobs, a group of processes for all layouts of the same degrees, one group after the other.
+
+    Args:
+        jobs: the first of some degrees says when their group's turn is.
+        where: folder for logs.
+        seconds: that each group may take.
+    """
     groups = defaultdict(list)
     for layout, job in jobs:
         groups[layout.degrees].append(job)
     found: dict[str, Measured] = {}
     for degrees, members in groups.items():
-        name = "x".join(map(str, degrees))
-        world_size = torch.Size(degrees).numel()
-        start(run_jobs, world_size, members, where / f"{name}.json", log=where / f"{name}.log").finish(seconds)
-        found |= read_measured(where / f"{name}.json")
+        folder = Path(tempfile.mkdtemp(prefix=f"group-{'x'.join(map(str, degrees))}-", dir=where))
+        out = folder / "measured.json"
+        start(run_jobs, torch.Size(degrees).numel(), members, out, log=folder / "log").finish(seconds)
+        found |= read_measured(out)
     return found
+
+
+def training_jobs(layouts: Iterable[Layout], configure: Configure, first: Path | None = None) -> Jobs:
+    """Each layout for `STEPS` steps; it saves after the first one into a folder of its name under `first`."""
+    return [
+        (one, Job(one.name, configure(one), STEPS, save_first=None if first is None else first / one.name))
+        for one in layouts
+    ]
+
+
+def swapped_jobs(layout: Layout, configure: Configure, swapped: Iterable[int]) -> Jobs:
+    """A first step as it is, and with one micro-batch replaced, for `check_swapped`."""
+    config = configure(layout)
+    return [(layout, Job(f"swapped-{index}", config, 1, swap_micro_batch=index)) for index in (None, *swapped)]
 
 
 def relative(found: list[float], expected: list[float]) -> float:
@@ -122,17 +171,57 @@ def relative(found: list[float], expected: list[float]) -> float:
     return max(abs(f - e) / abs(e) for f, e in zip(found, expected, strict=True))
 
 
-def check(found: Measured, expected: Curve, tolerance: float = 1e-5) -> None:
-    """Loss and gradient norm of every step."""
-    assert relative(found.losses, expected.losses) < tolerance
-    assert relative(found.grad_norms, expected.grad_norms) < tolerance
+def check(found: Measured, expected: Curve, steps: int = STEPS) -> None:
+    """Loss and gradient norm of every step, of the first `steps`."""
+    assert relative(found.losses, expected.losses[:steps]) < 1e-5
+    assert relative(found.grad_norms, expected.grad_norms[:steps]) < 1e-5
 
 
-def logical_tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
-    """Every value of a checkpoint as if one process had written it: `NAME|KIND` -> tensor."""
+def check_near(found: Measured, expected: Curve) -> None:
+    """Low precision gives other losses than fp32, and not much other ones."""
+    assert 1e-5 < relative(found.losses, expected.losses) < 2e-3
+
+
+def check_swapped(measured: dict[str, Measured], swapped: Iterable[int]) -> None:
+    """Replacing any micro-batch changes the first step by a hundred times the tolerance of `check`."""
+    whole = measured["swapped-None"]
+    for index in swapped:
+        found = measured[f"swapped-{index}"]
+        assert relative(found.losses + found.grad_norms, whole.losses + whole.grad_norms) > 1e-3
+
+
+def check_clips_and_learns(reference: Curve) -> None:
+    """So that equality with it means something."""
+    assert sum(norm > 0.5 for norm in reference.grad_norms) >= STEPS - 5
+    assert reference.losses[-1] < reference.losses[0] - 0.5
+
+
+def logical_tensors(folder: Path, step: int, kinds: tuple[str, ...] | None = KINDS) -> dict[str, torch.Tensor]:
+    """Every value of a checkpoint as if one process had written it: `NAME|KIND` -> tensor.
+
+    Args:
+        folder: of the store.
+        step: of the checkpoint.
+        kinds: that every tensor must have; None for those that each one has.
+    """
     step_dir = CheckpointStore(folder).step_dir(step)
     with SliceReader(rank_files(step_dir, read_manifest(step_dir))) as reader:
-        return {f"{name}|{kind}": reader.read_whole(name, kind) for name in reader.shapes for kind in KINDS}
+        kept = [(name, kind) for name in reader.shapes for kind in kinds or reader.kinds(name)]
+        return {f"{name}|{kind}": reader.read_whole(name, kind) for name, kind in kept}
+
+
+def check_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """The same values bit for bit."""
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(found[key], tensor), key
+
+
+def initial_weights(config: TrainingRun) -> dict[str, torch.Tensor]:
+    """Of one process."""
+    model = build_model(config.model)
+    init_weights(model, config.run.seed)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
 def check_first_gradients(folder: Path, expected: dict[str, torch.Tensor], beta1: float) -> None:

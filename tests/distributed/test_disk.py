@@ -10,25 +10,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from megagpt.checkpoint.open import rank_files
-from megagpt.checkpoint.store import CheckpointStore, read_manifest
-from megagpt.checkpoint.tensors import KINDS, SliceReader
+from megagpt.checkpoint.store import CheckpointStore
 from megagpt.engine.disk import ScratchFile
 from megagpt.errors import ConfigError
-from tests.distributed.disk_jobs import look_at_state, move_through, run_with_deepspeeds_access
-from tests.distributed.jobs import Job, read_measured, run_jobs
+from tests.distributed import layouts
+from tests.distributed.disk_jobs import look_at_state, move_through
+from tests.distributed.jobs import Job
+from tests.distributed.layouts import STEPS, Layout, check, check_equal, logical_tensors, measure, relative
 from tests.distributed.processes import start
 from tests.reference_loop import reference_run
-from tests.tiny import run_config
 
-STEPS = 20
 SMALLEST = 2**18
 """Elements of 1 MiB: what is less stays in memory."""
 TOGETHER = 300_000
 # 1.7 million parameters, 6.7 MB. Their sizes are such that a gradient of more than 1 MiB lies in the middle of a group,
 # and begins there at no multiple of 512 bytes, with one process and with two.
 MODEL = ("model.n_head=4", "model.d_model=372", "model.n_layer=1", "optim.lr=1e-3")
-ZERO_3 = ("parallel.zero_stage=3", "parallel.keep_gathered_below_elements=0")
+SHARDED = Layout(data=2, zero=3, accumulation=2)
+ALONE = Layout(zero=3, accumulation=4)
+NONE_GATHERED = "parallel.keep_gathered_below_elements=0"
 WEIGHTS = ("parallel.offload_weights=cpu",)
 BF16 = ("train.dtype=bf16",)
 FP16 = ("train.dtype=fp16", "parallel.extra={fp16: {initial_scale_power: 22, hysteresis: 1}}")
@@ -36,86 +36,64 @@ FP16 = ("train.dtype=fp16", "parallel.extra={fp16: {initial_scale_power: 22, hys
 
 
 @pytest.fixture(scope="module")
-def where(tmp_path_factory):
-    return tmp_path_factory.mktemp("disk")
-
-
-@pytest.fixture(scope="module")
 def disk(where):
     folder = where / "nvme"
     folder.mkdir()
-    return (*ZERO_3, "parallel.offload_optimizer=nvme", f"parallel.nvme_dir={folder}",
+    return (NONE_GATHERED, "parallel.offload_optimizer=nvme", f"parallel.nvme_dir={folder}",
             f"parallel.update_elements={TOGETHER}")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def configured(where, tokens):
-    def make(*words, micro=2, steps=STEPS):
-        sizes = (f"train.max_steps={steps}", f"train.micro_batch_size={micro}")
-        return run_config(where / "unused", tokens, *MODEL, *sizes, *words)
-
-    return make
+def configured(tokens):
+    return lambda layout, *words: layouts.configuration(layout, tokens, *MODEL, *words)
 
 
 @pytest.fixture(scope="module")
 def reference(configured):
-    return reference_run(configured(), STEPS)
+    return reference_run(configured(Layout()), STEPS)
 
 
-def measure(jobs, where, world_size, name, run=run_jobs):
-    path = where / name
-    start(run, world_size, jobs, path.with_suffix(".json"), log=path.with_suffix(".log")).finish(900)
-    return read_measured(path.with_suffix(".json"))
-
-
-def relative(found, expected):
-    return max(abs(f - e) / abs(e) for f, e in zip(found, expected, strict=True))
-
-
-WRITTEN_AT, END = 2, 4
+WRITTEN_AT, END = 1, 3
 
 
 @pytest.fixture(scope="module")
 def measured(where, disk, configured):
     """All that the fast tests look at, in one group of two processes."""
-    elsewhere = ("parallel.zero_stage=2", "parallel.offload_optimizer=cpu")
+    on_disk = configured(SHARDED, *disk)
+    elsewhere = configured(Layout(data=2, zero=2, accumulation=2, offload=True))
     written = CheckpointStore(where / "written").step_dir(WRITTEN_AT)
     rewritten = CheckpointStore(where / "rewritten").step_dir(END)
     jobs = [
-        Job("fp32", configured(*disk), STEPS),
-        Job("write", configured(*disk), WRITTEN_AT, save=where / "written"),
-        Job("out", configured(*elsewhere), END, load=written, save_loaded=where / "out", save=where / "rewritten"),
-        Job("in", configured(*disk), END + 2, load=rewritten, save_loaded=where / "in"),
+        Job("fp32", on_disk, STEPS, save_first=where / "written"),
+        Job("out", elsewhere, END, load=written, save_loaded=where / "out", save=where / "rewritten"),
+        Job("in", on_disk, END + 2, load=rewritten, save_loaded=where / "in"),
     ]
-    return measure(jobs, where, 2, "two")
+    return measure([(SHARDED, job) for job in jobs], where)
 
 
 def test_loss_and_gradient_norm_equal_the_plain_loop(measured, reference):
-    found = measured["fp32"]
-    assert relative(found.losses, reference.losses) < 1e-5
-    assert relative(found.grad_norms, reference.grad_norms) < 1e-5
+    check(measured["fp32"], reference)
     assert sum(norm > 0.5 for norm in reference.grad_norms) > STEPS / 2
-    assert found.losses[-1] < found.losses[0] - 0.5
+    assert reference.losses[-1] < reference.losses[0] - 0.5
 
 
 @pytest.mark.exhaustive
 @pytest.mark.timeout(900)
 def test_one_process_equals_the_plain_loop_and_the_run_in_host_memory(where, disk, configured, reference):
-    in_memory = (*ZERO_3, "parallel.offload_optimizer=cpu", f"parallel.update_elements={TOGETHER}")
+    in_memory = (NONE_GATHERED, "parallel.offload_optimizer=cpu", f"parallel.update_elements={TOGETHER}")
     jobs = [
-        Job(f"{name}-{place}", configured(*words, *precision), STEPS)
+        (ALONE, Job(f"{name}-{place}", configured(ALONE, *words, *precision), STEPS))
         for place, words in (("disk", disk), ("cpu", in_memory), ("weights", (*disk, *WEIGHTS)))
         for name, precision in (("fp32", ()), ("bf16", BF16), ("fp16", FP16))
     ]
-    found = measure(jobs, where, 1, "one")
+    found = measure(jobs, where)
     for name in ("fp32", "bf16", "fp16"):
         for place in ("cpu", "weights"):
             assert found[f"{name}-disk"].losses == found[f"{name}-{place}"].losses
             assert str(found[f"{name}-disk"].grad_norms) == str(
                 found[f"{name}-{place}"].grad_norms
             )  # NaN where skipped
-    assert relative(found["fp32-disk"].losses, reference.losses) < 1e-5
-    assert relative(found["fp32-disk"].grad_norms, reference.grad_norms) < 1e-5
+    check(found["fp32-disk"], reference)
     assert 1e-6 < relative(found["bf16-disk"].losses, reference.losses) < 2e-3
     assert any(found["fp16-disk"].skipped)
     assert not all(found["fp16-disk"].skipped)
@@ -124,33 +102,23 @@ def test_one_process_equals_the_plain_loop_and_the_run_in_host_memory(where, dis
 @pytest.mark.exhaustive
 @pytest.mark.timeout(900)
 def test_tensor_groups_equal_the_plain_loop(where, disk, configured, reference):
-    wide = ("parallel.tensor=2", "parallel.update_elements=262144")
-    job = Job("tensor", configured(*disk, *wide, micro=4), STEPS)
-    found = measure([job], where, 4, "tensor")["tensor"]
-    assert relative(found.losses, reference.losses) < 1e-5
-    assert relative(found.grad_norms, reference.grad_norms) < 1e-5
+    layout = Layout(data=2, tensor=2, zero=3)
+    job = Job("tensor", configured(layout, *disk, "parallel.update_elements=262144"), STEPS)
+    check(measure([(layout, job)], where)["tensor"], reference)
 
 
 @pytest.mark.exhaustive
 @pytest.mark.timeout(900)
 def test_bf16_stays_near_fp32(where, disk, configured, reference):
-    found = measure([Job("bf16", configured(*disk, *BF16), STEPS)], where, 2, "bf16")["bf16"]
+    found = measure([(SHARDED, Job("bf16", configured(SHARDED, *disk, *BF16), STEPS))], where)["bf16"]
     assert 1e-6 < relative(found.losses, reference.losses) < 2e-3
-
-
-def logical_tensors(folder, step):
-    step_dir = CheckpointStore(folder).step_dir(step)
-    with SliceReader(rank_files(step_dir, read_manifest(step_dir))) as reader:
-        return {f"{name}|{kind}": reader.read_whole(name, kind) for name in reader.shapes for kind in KINDS}
 
 
 @pytest.mark.parametrize(("written", "held", "step"), [("written", "out", WRITTEN_AT), ("rewritten", "in", END)])
 def test_checkpoints_move_onto_disks_and_off_them_bit_for_bit(written, held, step, measured, where):
     before, after = (logical_tensors(where / one, step) for one in (written, held))
-    assert before.keys() == after.keys()
-    for key, tensor in before.items():
-        assert torch.equal(tensor, after[key]), key
-        assert tensor.abs().max() > 0, key
+    check_equal(after, before)
+    assert all(tensor.abs().max() > 0 for tensor in before.values())
 
 
 def test_a_run_goes_on_from_a_checkpoint(measured, reference):
@@ -162,7 +130,7 @@ def test_a_run_goes_on_from_a_checkpoint(measured, reference):
 
 def test_the_state_is_on_disk_and_not_in_memory(where, disk, configured):
     out = where / "state.json"
-    start(look_at_state, 1, configured(*disk, micro=8), out, log=where / "state.log").finish()
+    start(look_at_state, 1, configured(Layout(zero=3), *disk), out, log=where / "state.log").finish()
     found = json.loads(out.read_text())
     large = [numel >= SMALLEST for numel in found["numels"]]
     assert sum(large) >= 2
@@ -228,6 +196,6 @@ class TestWhyNotDeepSpeedsAccess:
         assert found["full"] is None
 
     def test_it_trains_on_gradients_that_were_not_read(self, where, disk, configured, reference):
-        job = Job("theirs", configured(*disk), STEPS)
-        found = measure([job], where, 2, "theirs", run_with_deepspeeds_access)["theirs"]
+        job = Job("theirs", configured(SHARDED, *disk), STEPS, without="checked disk access")
+        found = measure([(SHARDED, job)], where)["theirs"]
         assert relative(found.losses, reference.losses) > 1e-3

@@ -3,52 +3,42 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-from megagpt.checkpoint.open import rank_files
-from megagpt.checkpoint.store import CheckpointStore, read_manifest
-from megagpt.checkpoint.tensors import KINDS, SliceReader
-from tests.distributed.jobs import Job, read_measured, run_jobs
-from tests.distributed.processes import start
-from tests.tiny import run_config
+from megagpt.checkpoint.store import CheckpointStore
+from tests.distributed.jobs import Job
+from tests.distributed.layouts import STEPS, Layout, check_equal, logical_tensors, measure
 
-STEPS, STOPPED_AT, WINDOW = 20, 11, 5
+STOPPED_AT, WINDOW, FIXED_FOR = 11, 5, 4
 STAGES = pytest.mark.parametrize("stage", [1, 3])
 
 
-@pytest.fixture(scope="module")
-def where(tmp_path_factory):
-    return tmp_path_factory.mktemp("fp16")
+def layout(stage):
+    return Layout(data=2, zero=stage, accumulation=2)
 
 
 @pytest.fixture(scope="module")
-def measured(where, tokens):
+def measured(where, configured):
     def config(stage, dtype="fp16", scaler=f"{{loss_scale_window: {WINDOW}, initial_scale_power: 10}}"):
         extra = [f"parallel.extra={{fp16: {scaler}}}"] if dtype == "fp16" else []
         # A learning rate and a model in which half an update at the wrong time shows.
-        words = [f"train.max_steps={STEPS}", f"parallel.zero_stage={stage}", f"train.dtype={dtype}", *extra]
-        return run_config(where / "unused", tokens, *words, "optim.grad_clip=0")
+        model = ("model.n_head=2", "model.d_model=24")
+        return configured(layout(stage), *model, f"train.dtype={dtype}", *extra, "optim.grad_clip=0")
 
     jobs = []
     for stage in (1, 3):
-        half = CheckpointStore(where / f"half{stage}").step_dir(STOPPED_AT)
+        whole, half, fixed = (where / f"{name}{stage}" for name in ("whole", "half", "fixed"))
+        load_half, load_fixed = (CheckpointStore(half).step_dir(STOPPED_AT), CheckpointStore(fixed).step_dir(FIXED_FOR))
+        wide, narrow = config(stage, scaler="{loss_scale: 512}"), config(stage, scaler="{loss_scale: 256}")
         jobs += [
             Job(f"fp32-{stage}", config(stage, "fp32"), STEPS),
-            Job(f"fp16-{stage}", config(stage), STEPS, save=where / f"whole{stage}"),
+            Job(f"fp16-{stage}", config(stage), STEPS, save=whole, save_first=half, first_steps=STOPPED_AT),
             Job(f"uncorrected-{stage}", config(stage), STEPS, without="fp16 scale"),
-            Job(f"half-{stage}", config(stage), STOPPED_AT, save=where / f"half{stage}"),
-            Job(f"resumed-{stage}", config(stage), STEPS, load=half, save=where / f"resumed{stage}"),
-            Job(f"fixed-{stage}", config(stage, scaler="{loss_scale: 256}"), STOPPED_AT, save=where / f"fixed{stage}"),
-            Job(
-                f"fixed-resumed-{stage}",
-                config(stage, scaler="{loss_scale: 512}"),
-                STEPS,
-                load=CheckpointStore(where / f"fixed{stage}").step_dir(STOPPED_AT),
-            ),
+            Job(f"resumed-{stage}", config(stage), STEPS, load=load_half, save=where / f"resumed{stage}"),
+            Job(f"fixed-{stage}", narrow, FIXED_FOR, save=fixed),
+            Job(f"fixed-resumed-{stage}", wide, FIXED_FOR + 3, load=load_fixed),
             Job(f"overflowing-{stage}", config(stage, scaler="{initial_scale_power: 24, hysteresis: 1}"), STEPS),
         ]
-    start(run_jobs, 2, jobs, where / "out.json", log=where / "log").finish()
-    return read_measured(where / "out.json")
+    return measure([(layout(1), job) for job in jobs], where)
 
 
 def distance(found, expected):
@@ -78,21 +68,15 @@ def test_a_resumed_run_has_the_loss_scale_and_the_weights_of_the_unbroken_one(st
     assert resumed.losses == whole.losses[STOPPED_AT:]
     assert resumed.loss_scales == whole.loss_scales[STOPPED_AT:]
     assert resumed.engine_state == whole.engine_state
-    folders = [CheckpointStore(where / f"{name}{stage}").step_dir(STEPS) for name in ("whole", "resumed")]
-    with (
-        SliceReader(rank_files(folders[0], read_manifest(folders[0]))) as one,
-        SliceReader(rank_files(folders[1], read_manifest(folders[1]))) as other,
-    ):
-        for name in one.shapes:
-            for kind in KINDS:
-                assert torch.equal(one.read_whole(name, kind), other.read_whole(name, kind)), (name, kind)
+    check_equal(*(logical_tensors(where / f"{name}{stage}", STEPS) for name in ("resumed", "whole")))
 
 
 @STAGES
 def test_a_fixed_loss_scale_is_the_configurations_also_after_a_restart(stage, measured):
     assert set(measured[f"fixed-{stage}"].loss_scales) == {256.0}
     assert set(measured[f"fixed-resumed-{stage}"].loss_scales) == {512.0}
-    assert distance(measured[f"fixed-resumed-{stage}"].losses, measured[f"fp32-{stage}"].losses[STOPPED_AT:]) < 5e-3
+    expected = measured[f"fp32-{stage}"].losses[FIXED_FOR : FIXED_FOR + 3]
+    assert distance(measured[f"fixed-resumed-{stage}"].losses, expected) < 5e-3
 
 
 @STAGES

@@ -8,14 +8,12 @@ from __future__ import annotations
 import pytest
 
 from tests.distributed.jobs import Job
-from tests.distributed.layouts import STEPS, Layout, measure, relative
-from tests.reference_loop import reference_run
-from tests.tiny import run_config
+from tests.distributed.layouts import Layout, measure, relative
 
-SHARED_SEQUENCE = Layout(tensor=2, tensor_sequence=True)
-PIPELINED = Layout(pipeline=2, tensor=2, tensor_sequence=True, accumulation=2)
-TIED = Layout(pipeline=2, accumulation=4)
-ACCUMULATING = Layout(accumulation=4)
+SHARED_SEQUENCE = Layout(family="deep_gpt2", tensor=2, tensor_sequence=True)
+PIPELINED = Layout(family="deep_gpt2", pipeline=2, tensor=2, tensor_sequence=True, accumulation=2)
+TIED = Layout(family="deep_gpt2", pipeline=2, accumulation=4)
+ACCUMULATING = Layout(family="deep_gpt2", accumulation=4)
 
 HAZARDS = {
     "tied gradients": TIED,
@@ -28,24 +26,19 @@ MISCOUNTED = {"boundary": 1}
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory, tokens):
-    where = tmp_path_factory.mktemp("hazards")
+def measured(where, configured):
     jobs = []
     for guard, layout in HAZARDS.items():
-        config = run_config(where / "unused", tokens, *layout.words())
+        config = configured(layout)
         for name, off in ((f"with {guard}", None), (f"without {guard}", guard)):
             jobs.append((layout, Job(name, config, 8, without=off, miscounted=MISCOUNTED.get(guard, 0))))
     return measure(jobs, where)
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory, tokens):
-    config = run_config(tmp_path_factory.mktemp("reference"), tokens, *Layout().words())
-    return reference_run(config, STEPS)
-
-
 @pytest.mark.parametrize("guard", HAZARDS)
-def test_each_guard_is_needed_and_enough(guard, measured, reference):
+def test_each_guard_is_needed_and_enough(guard, measured, references):
+    reference = references["deep_gpt2"]
+
     def error(name):
         found = measured[name]
         if found.diverged:  # it is seen, and ends the run

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from megagpt.checkpoint.store import CheckpointStore
+from tests.distributed.processes import start, train_command
 from tests.distributed.test_resume import rows, wait_until
 from tests.tiny import run_words
 
@@ -47,12 +48,8 @@ def test_a_run_is_stopped_by_the_scheduler_and_goes_on_with_the_same_command(tmp
     (stopped_at,) = CheckpointStore(run_dir / "checkpoints").steps()
     assert stopped_at < 400
     assert f"saved at step {stopped_at}; the same command goes on from there" in log.read_text()
-    launcher = launch([*words, f"train.max_steps={stopped_at + 5}"], log, module=True)
-    try:
-        assert launcher.wait(200) == 0, log.read_text()
-    finally:
-        kill(launcher)
-    assert f"resuming at step {stopped_at}" in log.read_text()
+    resumed = start(train_command, 2, [*words, f"train.max_steps={stopped_at + 5}"], log=tmp_path / "resumed").finish()
+    assert f"resuming at step {stopped_at}" in resumed
     assert [row["step"] for row in rows(run_dir)] == list(range(1, stopped_at + 6))
     plan = json.loads((run_dir / "plan.json").read_text())
     assert (plan["world_size"], plan["optimizer"]) == (2, "DeepSpeedZeroOptimizer")
@@ -60,7 +57,9 @@ def test_a_run_is_stopped_by_the_scheduler_and_goes_on_with_the_same_command(tmp
 
 def test_wrong_input_ends_the_launcher_with_one_message(tmp_path, tokens):
     log = tmp_path / "log"
-    launcher = launch(run_words(tmp_path / "run", tokens, "train.global_batch_size=7", "train.micro_batch_size=7"), log)
+    launcher = launch(
+        run_words(tmp_path / "run", tokens, "train.global_batch_size=7", "train.micro_batch_size=7"), log, module=True
+    )
     try:
         assert launcher.wait(200) == 2
     finally:

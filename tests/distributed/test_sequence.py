@@ -3,194 +3,101 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
 
-from megagpt.checkpoint.store import CheckpointStore
 from megagpt.data.indexed import TokenFile
 from megagpt.data.mixture import sequential_windows
 from megagpt.model.build import build_model
 from megagpt.model.decoder import HEAD
-from tests.distributed.jobs import Job, Measured, read_measured, run_jobs
+from tests.distributed.jobs import Measured
+from tests.distributed.layouts import (
+    SHALLOW,
+    Layout,
+    by_name,
+    check,
+    check_first_gradients,
+    check_near,
+    measure,
+    training_jobs,
+)
+from tests.distributed.moves import Moves
 from tests.distributed.processes import start, train_command
 from tests.distributed.sequence_jobs import MISTAKES, measure_dropout, measure_heads, measure_mistakes
 from tests.distributed.test_resume import rows
-from tests.distributed.test_tensor import BATCH, STEPS, by_name, check, logical_tensors, relative
-from tests.distributed.test_tensor import MODELS as SHALLOW
-from tests.reference_loop import Curve, reference_run
-from tests.tiny import run_config, run_words
-
-MODELS = SHALLOW | {"deep": (*SHALLOW["gpt2"], "model.n_layer=4")}  # a V of two processes has four stages
-
-
-@dataclass(frozen=True, order=True)
-class Layout:
-    world_size: int
-    sequence: int
-    family: str
-    stage: int = 1
-    tensor: int = 1
-    pipeline: int = 1
-    tensor_sequence: bool = False
-    accumulation: int = 1
-    dtype: str = "fp32"
-    recompute: str = "none"
-    schedule: str = "1f1b"
-
-    @property
-    def name(self) -> str:
-        return (
-            f"{self.family}-{self.world_size}p-sequence{self.sequence}"
-            + f"-tensor{self.tensor}" * (self.tensor > 1)
-            + "-tensor_sequence" * self.tensor_sequence
-            + f"-{self.schedule}{self.pipeline}" * (self.pipeline > 1)
-            + f"-zero{self.stage}-acc{self.accumulation}"
-            + f"-{self.dtype}" * (self.dtype != "fp32")
-            + f"-{self.recompute}" * (self.recompute != "none")
-        )
-
-    @property
-    def group(self) -> tuple[int, ...]:
-        return self.world_size, self.pipeline, self.sequence, self.tensor
-
-    def words(self) -> list[str]:
-        data_parallel = self.world_size // (self.pipeline * self.sequence * self.tensor)
-        return [
-            *MODELS[self.family][1:],
-            f"train.max_steps={STEPS}",
-            f"train.micro_batch_size={BATCH // data_parallel // self.accumulation}",
-            f"train.dtype={self.dtype}",
-            f"train.recompute={self.recompute}",
-            f"parallel.sequence={self.sequence}",
-            f"parallel.tensor={self.tensor}",
-            f"parallel.pipeline={self.pipeline}",
-            f"parallel.pipeline_schedule={self.schedule}",
-            f"parallel.zero_stage={self.stage}",
-            f"parallel.tensor_sequence={str(self.tensor_sequence).lower()}",
-        ]
-
+from tests.tiny import run_words
 
 FAST = [
-    Layout(2, 2, "gpt2", 2, recompute="selective"),
-    Layout(2, 2, "mqa", 3, accumulation=2),
-    Layout(4, 2, "llama", 1, tensor=2, tensor_sequence=True),
+    Layout(sequence=2, zero=2, recompute="selective"),
+    Layout(sequence=2, zero=3, family="mqa", accumulation=2),
+    Layout(sequence=2, tensor=2, tensor_sequence=True, family="llama"),
 ]
-LOW_PRECISION = [Layout(2, 2, "gpt2", 1, dtype="bf16")]
+LOW_PRECISION = [Layout(sequence=2, dtype="bf16")]
 SLOW_LOW_PRECISION = [
-    Layout(2, 2, "llama", 2, dtype="fp16"),
-    Layout(2, 2, "mqa", 3, dtype="bf16"),
-    Layout(4, 4, "llama", 1, dtype="bf16"),
-    Layout(4, 2, "llama", 3, tensor=2, tensor_sequence=True, dtype="bf16"),
-    Layout(4, 2, "gpt2", pipeline=2, accumulation=4, dtype="bf16"),
+    Layout(sequence=2, zero=2, family="llama", dtype="fp16"),
+    Layout(sequence=2, zero=3, family="mqa", dtype="bf16"),
+    Layout(sequence=4, family="llama", dtype="bf16"),
+    Layout(sequence=2, tensor=2, tensor_sequence=True, zero=3, family="llama", dtype="bf16"),
+    Layout(sequence=2, pipeline=2, accumulation=4, dtype="bf16"),
 ]
 WITHOUT_PIPELINE = [
-    Layout(world_size, sequence, family, stage, tensor, 1, tensor_sequence, accumulation)
-    for (world_size, sequence, tensor), family, stage, tensor_sequence, accumulation in product(
-        ((2, 2, 1), (4, 2, 1), (4, 4, 1), (4, 2, 2)), SHALLOW, (0, 1, 2, 3), (False, True), (1, 4)
+    Layout(
+        data=data, sequence=sequence, tensor=tensor, family=family, zero=zero,
+        tensor_sequence=tensor_sequence, accumulation=accumulation,
+    )
+    for (data, sequence, tensor), family, zero, tensor_sequence, accumulation in product(
+        ((1, 2, 1), (2, 2, 1), (1, 4, 1), (1, 2, 2)), SHALLOW, (0, 1, 2, 3), (False, True), (1, 4)
     )
     if tensor > 1 or not tensor_sequence
-]
+]  # fmt: skip
 WITH_RECOMPUTATION = [
-    Layout(2, 2, family, stage, recompute=recompute)
-    for family, stage, recompute in product(SHALLOW, (1, 3), ("selective", "full"))
+    Layout(sequence=2, family=family, zero=zero, recompute=recompute)
+    for family, zero, recompute in product(SHALLOW, (1, 3), ("selective", "full"))
 ]
 PIPELINES = [
-    Layout(4, 2, family, pipeline=2, accumulation=4, recompute=recompute)
+    Layout(pipeline=2, sequence=2, family=family, accumulation=4, recompute=recompute)
     for family, recompute in product(SHALLOW, ("none", "selective", "full"))
 ]
-PIPELINES += [Layout(4, 2, "deep", pipeline=2, accumulation=4, schedule="dualpipev")]
+# A V of two processes has four stages.
+PIPELINES += [Layout(pipeline=2, sequence=2, family="deep_gpt2", accumulation=4, schedule="dualpipev")]
 EIGHT = [
-    Layout(8, 2, "gpt2", pipeline=2, tensor=2, tensor_sequence=True, accumulation=4),
-    Layout(8, 2, "mqa", pipeline=2, tensor=2, accumulation=4, recompute="selective"),
-    Layout(8, 2, "llama", pipeline=2, accumulation=2),
-    Layout(8, 2, "llama", 3, tensor=2, tensor_sequence=True, accumulation=2),
+    Layout(pipeline=2, sequence=2, tensor=2, tensor_sequence=True, accumulation=4),
+    Layout(pipeline=2, sequence=2, tensor=2, family="mqa", accumulation=4, recompute="selective"),
+    Layout(pipeline=2, data=2, sequence=2, family="llama", accumulation=2),
+    Layout(data=2, sequence=2, tensor=2, tensor_sequence=True, zero=3, family="llama", accumulation=2),
 ]
 VALIDATED = 7  # with micro-batches of several sequences, the last one has rows that only fill it up
 SLOW = [layout for layout in WITHOUT_PIPELINE + WITH_RECOMPUTATION + PIPELINES + EIGHT if layout not in FAST]
 
-FIRST_STEPS = [Layout(2, 2, "gpt2", 0), Layout(4, 2, "mqa", 3, tensor=2, tensor_sequence=True)]
-
-
-@pytest.fixture(scope="module")
-def where(tmp_path_factory):
-    return tmp_path_factory.mktemp("sequence")
-
-
-@pytest.fixture(scope="module")
-def configured(where, tokens, val_tokens):
-    def configure(layout, *words):
-        words = [*layout.words(), f"data.val={val_tokens}", *words]
-        return run_config(where / "unused", tokens, *words, family=MODELS[layout.family][0])
-
-    return configure
-
-
-@pytest.fixture(scope="module")
-def references(configured) -> dict[str, Curve]:
-    return {family: reference_run(configured(Layout(1, 1, family)), STEPS) for family in MODELS}
-
-
-def measure(jobs, where):
-    """Run (layout, job) pairs, a group of processes for each shape of the mesh, one after the other."""
-    groups = defaultdict(list)
-    for layout, job in jobs:
-        groups[layout.group].append(job)
-    found = {}
-    for shape, members in groups.items():
-        name = "-".join(map(str, shape))
-        start(run_jobs, shape[0], members, where / f"{name}.json", log=where / f"{name}.log").finish(3000)
-        found |= read_measured(where / f"{name}.json")
-    return found
-
-
-WRITTEN_AT, END = 3, 5
+FIRST_STEPS = [
+    Layout(sequence=2, zero=0),
+    Layout(sequence=2, tensor=2, tensor_sequence=True, zero=3, family="mqa"),
+]
 PLACES = {
-    "1p": Layout(1, 1, "mqa", 2),
-    "sequence2-zero1": Layout(2, 2, "mqa", 1),
-    "sequence2-zero3": Layout(2, 2, "mqa", 3),
-    "tensor2-sequence2": Layout(4, 2, "mqa", 3, tensor=2, tensor_sequence=True),
-    "pipeline2-sequence2": Layout(4, 2, "mqa", 1, pipeline=2, accumulation=2),
+    "1p": Layout(family="mqa", zero=2),
+    "sequence2-zero1": Layout(family="mqa", sequence=2, zero=1),
+    "sequence2-zero3": Layout(family="mqa", sequence=2, zero=3),
+    "tensor2-sequence2": Layout(family="mqa", sequence=2, tensor=2, tensor_sequence=True, zero=3),
+    "pipeline2-sequence2": Layout(family="mqa", pipeline=2, sequence=2, accumulation=2),
 }
 MOVES = [("sequence2-zero1", "1p"), ("sequence2-zero1", "tensor2-sequence2")]
-
-
-def moving_jobs(moves, where, configured):
-    """Write a checkpoint in each place, then read each in the other, keep what was read, and go on."""
-    configs = {place: configured(layout, "model.d_ff=44") for place, layout in PLACES.items()}  # ZeRO's parts cut rows
-    jobs = [
-        (PLACES[writer], Job(writer, configs[writer], WRITTEN_AT, save=where / writer))
-        for writer in sorted({writer for writer, _ in moves})
-    ]
-    for writer, reader in moves:
-        load = CheckpointStore(where / writer).step_dir(WRITTEN_AT)
-        name = f"{writer}-to-{reader}"
-        jobs.append((PLACES[reader], Job(name, configs[reader], END, load=load, save_loaded=where / name)))
-    return jobs
-
-
-def check_moves(moves, measured, where, configured):
-    reference = reference_run(configured(PLACES["1p"], "model.d_ff=44"), END)
-    for writer, reader in moves:
-        name = f"{writer}-to-{reader}"
-        written, held = logical_tensors(where / writer, WRITTEN_AT), logical_tensors(where / name, WRITTEN_AT)
-        assert written.keys() == held.keys()
-        for key, tensor in written.items():
-            assert torch.equal(tensor, held[key]), (name, key)
-            assert key.endswith("|weight") or tensor.abs().max() > 0, (name, key)
-        assert measured[name].losses == pytest.approx(reference.losses[WRITTEN_AT:END], rel=1e-5)
-        assert measured[name].grad_norms == pytest.approx(reference.grad_norms[WRITTEN_AT:END], rel=1e-5)
+ODD = ("model.d_ff=44",)
+"""ZeRO's parts cut through rows."""
 
 
 @pytest.fixture(scope="module")
-def measured(where, configured) -> dict[str, Measured]:
-    jobs = [(layout, Job(layout.name, configured(layout), STEPS, validate=VALIDATED)) for layout in FAST]
-    jobs += [(layout, Job(layout.name, configured(layout), STEPS)) for layout in LOW_PRECISION]
-    return measure(jobs + moving_jobs(MOVES, where, configured), where)
+def moves(where, configured) -> Moves:
+    return Moves(PLACES, MOVES, where, configured, ODD)
+
+
+@pytest.fixture(scope="module")
+def measured(where, configured, moves) -> dict[str, Measured]:
+    jobs = [(layout, replace(job, validate=VALIDATED)) for layout, job in training_jobs(FAST, configured)]
+    return measure(jobs + training_jobs(LOW_PRECISION, configured) + moves.jobs(), where)
 
 
 @pytest.mark.parametrize("layout", FAST, ids=by_name)
@@ -201,45 +108,36 @@ def test_loss_and_gradient_norm_equal_the_plain_loop(layout, measured, reference
 @pytest.mark.exhaustive
 @pytest.mark.timeout(3600)
 def test_loss_and_gradient_norm_of_every_layout_equal_the_plain_loop(configured, references, tmp_path):
-    measured = measure([(layout, Job(layout.name, configured(layout), STEPS)) for layout in SLOW], tmp_path)
+    measured = measure(training_jobs(SLOW, configured), tmp_path)
     for layout in SLOW:
         check(measured[layout.name], references[layout.family])
 
 
 @pytest.mark.parametrize("layout", LOW_PRECISION, ids=by_name)
 def test_low_precision_stays_near_fp32(layout, measured, references):
-    assert 1e-5 < relative(measured[layout.name].losses, references[layout.family].losses) < 2e-3
+    check_near(measured[layout.name], references[layout.family])
 
 
 @pytest.mark.exhaustive
 @pytest.mark.timeout(1200)
 def test_low_precision_of_other_layouts_stays_near_fp32(configured, references, tmp_path):
-    jobs = [(layout, Job(layout.name, configured(layout), STEPS)) for layout in SLOW_LOW_PRECISION]
-    measured = measure(jobs, tmp_path)
+    measured = measure(training_jobs(SLOW_LOW_PRECISION, configured), tmp_path)
     for layout in SLOW_LOW_PRECISION:
-        assert 1e-5 < relative(measured[layout.name].losses, references[layout.family].losses) < 2e-3, layout
+        check_near(measured[layout.name], references[layout.family])
 
 
 @pytest.mark.exhaustive
 def test_every_gradient_of_the_first_step_equals_the_plain_loops(references, configured, tmp_path):
-    """Adam's first moment after one step is (1 - beta1) of the clipped gradient."""
-    measure(
-        [(layout, Job(layout.name, configured(layout), 1, save=tmp_path / layout.name)) for layout in FIRST_STEPS],
-        tmp_path,
-    )
+    measure([(one, replace(job, steps=1)) for one, job in training_jobs(FIRST_STEPS, configured, tmp_path)], tmp_path)
     for layout in FIRST_STEPS:
-        tensors = logical_tensors(tmp_path / layout.name, 1)
-        keep = configured(layout).optim.betas[0]
-        for name, gradient in references[layout.family].first_gradients.items():
-            found = tensors[f"{name}|exp_avg"] / (1 - keep)
-            near = {"rtol": 1e-4, "atol": 1e-5 * gradient.abs().max().item() + 1e-9}
-            torch.testing.assert_close(found, gradient, **near, msg=f"{layout.name} {name}")
+        beta1 = configured(layout).optim.betas[0]
+        check_first_gradients(tmp_path / layout.name, references[layout.family].first_gradients, beta1)
 
 
 def trade_heads(sequence, heads, configured, tmp_path):
     """Output and gradients of queries, keys and values."""
     out = tmp_path / "heads.json"
-    config = configured(Layout(sequence, sequence, "gpt2"))
+    config = configured(Layout(sequence=sequence))
     start(measure_heads, sequence, config, heads, out, log=tmp_path / "log").finish()
     errors = json.loads(out.read_text())
     assert (len(errors), len(errors[0]), len(errors[0][0])) == (sequence, len(heads), 4)
@@ -259,7 +157,7 @@ def test_attention_over_heads_traded_by_two(configured, tmp_path):
 def test_the_comparison_with_one_process_sees_mistakes(configured, tmp_path):
     """Positions that begin at 0 everywhere, a head's copies without their gradients, no exchange at all."""
     out = tmp_path / "mistakes.json"
-    configs = {family: configured(Layout(2, 2, family)) for family in SHALLOW}
+    configs = {family: configured(Layout(sequence=2, family=family)) for family in SHALLOW}
     start(measure_mistakes, 2, configs, out, log=tmp_path / "log").finish()
     for found in json.loads(out.read_text()):
         for family in SHALLOW:
@@ -271,8 +169,8 @@ def test_the_comparison_with_one_process_sees_mistakes(configured, tmp_path):
         assert found["llama-copies"] == found["llama-none"]  # as many key and value heads as processes
 
 
-def test_dropout_differs_between_the_processes_of_a_sequence_group(where, tokens, tmp_path):
-    config = run_config(where / "unused", tokens, *Layout(2, 2, "gpt2").words(), "model.dropout=0.4")
+def test_dropout_differs_between_the_processes_of_a_sequence_group(configured, tmp_path):
+    config = configured(Layout(sequence=2), "model.dropout=0.4")
     out = tmp_path / "dropout.json"
     start(measure_dropout, 2, config, out, log=tmp_path / "log").finish()
     first, second = json.loads(out.read_text())
@@ -283,24 +181,21 @@ def test_dropout_differs_between_the_processes_of_a_sequence_group(where, tokens
     assert first["recomputed"] == second["recomputed"] == [1.0, 1.0]
 
 
-def test_checkpoints_move_to_and_from_a_sequence_group_bit_for_bit(measured, where, configured):
-    check_moves(MOVES, measured, where, configured)
+def test_checkpoints_move_to_and_from_a_sequence_group_bit_for_bit(moves, measured):
+    moves.check(measured)
 
 
 @pytest.mark.exhaustive
 @pytest.mark.timeout(1200)
 def test_checkpoints_move_between_all_places_bit_for_bit(configured, tmp_path):
-    moves = list(product(PLACES, PLACES))
-    jobs = moving_jobs(moves, tmp_path, configured)
-    measure(jobs[: len(PLACES)], tmp_path)  # all are written before any is read
-    measured = measure(jobs[len(PLACES) :], tmp_path)
-    check_moves(moves, measured, tmp_path, configured)
+    moves = Moves(PLACES, list(product(PLACES, PLACES)), tmp_path, configured, ODD)
+    moves.check(moves.measure())
 
 
 def trains_alike(words, world_size, folder, tokens, val_tokens):
     """A whole run with evaluation beside the same run in one process."""
     common = ["train.max_steps=4", "train.micro_batch_size=2", f"data.val={val_tokens}", "eval.every=2"]
-    common += ["eval.sequences=5", *MODELS["llama"][1:]]  # the last batch has a row that only fills it up
+    common += ["eval.sequences=5"]  # the last batch has a row that only fills it up
     alone, shared = folder / "alone", folder / "shared"
     start(train_command, 1, run_words(alone, tokens, *common, family="llama"), log=folder / "log1").finish()
     start(
