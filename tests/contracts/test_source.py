@@ -25,6 +25,7 @@ MAY_READ_THE_ENVIRONMENT = {
     "launch/generate.py",
     "launch/pretrain.py",
     "megagpt/cli_generate.py",
+    "megagpt/cli_train.py",
     "megagpt/bench/processes.py",  # reads nothing of ours: tells the processes that it starts their place and device
     "data_pipeline/executors/stage_run.py",  # reads nothing: tells worker processes how many threads to start
     "data_pipeline/executors/ray.py",  # reads nothing: tells Ray to report nothing to its makers
