@@ -191,7 +191,8 @@ def history(run: RunFolder) -> list[str]:
         note = "; the process before it ended without a word (killed)" if killed else ""
         told = f": {details}" if details else ""
         lines.append(f"{event.get('time', '')} {name} at step {event['step']:,}{told}{note}")
-        alive = name in ("started", "resumed")
+        if name in ("started", "resumed", "stopped", "finished", "failed", "diverged", "hung"):
+            alive = name in ("started", "resumed")
     if saves:
         waited = statistics.median(float(event["seconds"]) for event in saves)
         lines.append(f"checkpoints saved: {len(saves)}; training waited {numbers.duration(waited)} (median)")

@@ -15,7 +15,8 @@ import click
 
 from megagpt import __version__
 from megagpt.cli_base import PATH, WITH_EXTRA_WORDS, Commands, configs_folder, examples
-from megagpt.cli_bench import bench_train
+from megagpt.cli_bench import bench_checkpoint, bench_train
+from megagpt.cli_checkpoint import checkpoint_import_deepspeed, checkpoint_reshard
 from megagpt.cli_data import bench, data
 from megagpt.cli_generate import generate
 from megagpt.cli_train import plan, train
@@ -34,6 +35,7 @@ main.add_command(plan)
 main.add_command(bench)
 main.add_command(generate)
 bench.add_command(bench_train)
+bench.add_command(bench_checkpoint)
 
 
 @main.command(
@@ -264,14 +266,18 @@ def convert_from_hf(folder: Path, run_dir: Path) -> None:
 
 @main.group(cls=Commands)
 def checkpoint() -> None:
-    """Look at a run's checkpoints."""
+    """Look at a run's checkpoints, remove some, and make checkpoints of checkpoints."""
+
+
+checkpoint.add_command(checkpoint_reshard)
+checkpoint.add_command(checkpoint_import_deepspeed)
 
 
 @checkpoint.command("list", **examples("megagpt checkpoint list runs/quickstart"))
 @click.argument("run_dir", type=PATH)
 def checkpoint_list(run_dir: Path) -> None:
     """Steps, sizes and hashes."""
-    from megagpt.checkpoint.store import list_checkpoints
+    from megagpt.checkpoint.manage import list_checkpoints
 
     click.echo(list_checkpoints(run_dir))
 
@@ -280,9 +286,33 @@ def checkpoint_list(run_dir: Path) -> None:
 @click.argument("run_dir", type=PATH)
 def checkpoint_verify(run_dir: Path) -> None:
     """Compare every file of every checkpoint with its manifest."""
-    from megagpt.checkpoint.store import verify_all
+    from megagpt.checkpoint.manage import verify_all
 
     click.echo(verify_all(run_dir))
+
+
+@checkpoint.command(
+    "prune",
+    **examples(
+        "megagpt checkpoint prune runs/quickstart --keep-last 1 --dry-run",
+        "megagpt checkpoint prune runs/quickstart --keep-last 2 --keep-every 10000",
+    ),
+)
+@click.argument("run_dir", type=PATH)
+@click.option("--keep-last", type=click.IntRange(min=1), required=True, help="Newest checkpoints that are kept.")
+@click.option(
+    "--keep-every",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Also keep those whose step is a multiple of this.",
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be removed, and remove nothing.")
+def checkpoint_prune(run_dir: Path, **options: Any) -> None:
+    """Remove checkpoints that the rule does not keep, after verifying the newest, and what unfinished saves left."""
+    from megagpt.checkpoint.manage import prune_run
+
+    click.echo(prune_run(run_dir, **options))
 
 
 @main.group("config", cls=Commands)

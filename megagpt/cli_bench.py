@@ -1,4 +1,4 @@
-"""`megagpt bench train`: thin, as cli.py; imports stand inside the command."""
+"""`megagpt bench train|checkpoint`: thin, as cli.py; imports stand inside the command."""
 
 from __future__ import annotations
 
@@ -57,3 +57,36 @@ def bench_train(configs: tuple[str, ...], against: str, json_file: Path | None, 
     show(found, console)
     if json_file is not None:
         write_json(found, json_file)
+
+
+@click.command(
+    "checkpoint",
+    **examples(
+        "megagpt bench checkpoint",
+        "megagpt bench checkpoint --folder /scratch --gigabytes 8 --rounds 3 --json checkpoint.json",
+    ),
+)
+@click.option(
+    "--folder", type=PATH, default=Path(), show_default=True, help="On the disk to use; what is written is removed."
+)
+@click.option(
+    "--gigabytes", type=click.FloatRange(min=0.001), default=1.0, show_default=True, help="Of weights and moments."
+)
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Saves that count.")
+@click.option("--json", "json_file", type=PATH, help="Write the figures there as well.")
+def bench_checkpoint(folder: Path, gigabytes: float, rounds: int, json_file: Path | None) -> None:
+    """What an asynchronous save costs training, and what checksums cost the save.
+
+    Exit code 1 where training waits for more than 1.5 times the copy to host memory, or checksums take over 5% of the
+    save: on a disk that is as fast as memory they do.
+    """
+    from rich.console import Console
+
+    from megagpt.bench import checkpoint
+
+    cost = checkpoint.bench_checkpoint(folder, int(gigabytes * 1e9), rounds)
+    checkpoint.show(cost, Console())
+    if json_file is not None:
+        json_file.write_text(cost.to_json(), encoding="utf-8")
+    good = cost.blocked_ratio < checkpoint.MOST_BLOCKED and cost.checksum_share < checkpoint.MOST_CHECKSUM
+    click.get_current_context().exit(0 if good else 1)

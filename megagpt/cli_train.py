@@ -45,8 +45,9 @@ from megagpt.errors import ConfigError
 def train(configs: tuple[str, ...], processes: int | None, check: bool, **options: Any) -> None:  # noqa: FBT001
     """Train a model under the DeepSpeed launcher. CONFIGS are YAML files, then KEY=VALUE overrides.
 
-    Exit codes: 0 done, or stopped by a signal after saving; 2 wrong input; 3 training diverged; 5 another process
-    trains in the run's folder. With --restarts, 2 and 3 end the run at once; everything else is tried again.
+    Exit codes: 0 done, or stopped by a signal after saving; 2 wrong input; 3 training diverged; 4 a rank hung or was
+    lost; 5 another process trains in the run's folder; 6 the last save failed. With --restarts, 2 and 3 end the run at
+    once; everything else is tried again.
     """
     from megagpt.train.command import launcher_command, parse_arguments
 

@@ -4,12 +4,17 @@
      |- ConfigError               a key, a value or a combination in the run's configuration
      |- DataError                 a source, a token file, a tokenizer
      |- CheckpointError           no usable checkpoint, or one that belongs to something else
+     |   '- SaveFailed            exit code 6: the state could not be saved; older checkpoints stand
      |- EvalError                 benchmark data or a task that cannot be used
-     |- TrainingDiverged          exit code 3: loss or gradient is not finite
+     |- TrainingDiverged          exit code 3: loss or gradient is not finite, or replicas differ
+     |- TrainingHung              exit code 4: a rank came to no end of what it did, or is gone
      '- RunBusy                   exit code 5: another process trains in the run's folder
 
 Each message says what is wrong, the value, where it stands, and what would be right.
 """
+
+from collections.abc import Mapping
+from typing import Any
 
 
 class MegaGPTError(Exception):
@@ -30,14 +35,28 @@ class CheckpointError(MegaGPTError):
     """No checkpoint that can be used, or one of another model."""
 
 
+class SaveFailed(CheckpointError):  # noqa: N818 - it says what is
+    """The last save of a run failed, or too many in a row; older checkpoints stand."""
+
+    exit_code = 6
+
+
 class EvalError(MegaGPTError):
     """Benchmark data or a task that cannot be used as asked."""
 
 
 class TrainingDiverged(MegaGPTError):  # noqa: N818 - the field's name for it
-    """The loss or the gradient norm is not finite; no checkpoint holds the step."""
+    """The loss or the gradient norm is not finite, or replicas differ; no checkpoint holds the step."""
 
     exit_code = 3
+    details: Mapping[str, Any] = {}
+    """For the run's history: ranks, samples, tensors, as plain values."""
+
+
+class TrainingHung(MegaGPTError):  # noqa: N818 - the field's name for it
+    """A rank exceeded the deadline of its phase, or has ended while the others go on; the last checkpoint stands."""
+
+    exit_code = 4
 
 
 class RunBusy(MegaGPTError):  # noqa: N818 - it says what is

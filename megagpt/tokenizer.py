@@ -109,7 +109,7 @@ def open_tokenizer(spec: str | Path) -> Tokenizer:
         ) from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not a tokenizer file, which is JSON: {error}") from None
     if isinstance(content, dict) and content.get("kind") == "tiktoken":
         return TiktokenTokenizer(_parse_tiktoken(path, content))

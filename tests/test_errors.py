@@ -14,6 +14,8 @@ from megagpt import errors
         (errors.CheckpointError, 2),
         (errors.EvalError, 2),
         (errors.TrainingDiverged, 3),
+        (errors.TrainingHung, 4),
+        (errors.SaveFailed, 6),
         (errors.RunBusy, 5),
     ],
 )
@@ -25,4 +27,4 @@ def test_each_error_has_its_exit_code(error, code):
 
 def test_every_error_class_is_in_the_table():
     defined = {value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)}
-    assert len(defined) == 7
+    assert len(defined) == 9

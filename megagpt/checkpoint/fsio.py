@@ -1,49 +1,117 @@
-"""Every file operation of a checkpoint. Nothing else writes one, so faults can be put before each call."""
+"""Every file operation of a checkpoint. Nothing else writes one, so faults can be put before each call.
+
+Each change is one call of a function of `os`: a test that stands in for those sees, orders, fails or leaves out every
+one of them.
+"""
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
-from collections.abc import Iterable
+import stat
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import xxhash
 
-from megagpt.atomic import flush_folder, flush_to_disk, publish
+from megagpt.atomic import flush_folder, publish
 
-__all__ = ["checksum", "flush_folder", "make_dir", "publish", "remove_tree", "write_file"]
+__all__ = [
+    "checksum",
+    "flush_folder",
+    "free_bytes",
+    "make_dir",
+    "open_regular",
+    "publish",
+    "remove_tree",
+    "write_file",
+]
+
+PIECE = 2**20
+"""Bytes that are written and then checksummed at a time: the checksum finds them in the processor's cache."""
 
 
 def make_dir(path: Path) -> None:
-    """Make a folder and its parents."""
-    path.mkdir(parents=True, exist_ok=True)
+    """Make a folder and its parents; the new names survive a power cut."""
+    if not path.parent.is_dir():
+        make_dir(path.parent)
+    path.mkdir(exist_ok=True)
+    flush_folder(path.parent)
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> tuple[int, str]:
-    """Write and fsync a new file.
+    """Write and fsync a file that does not exist yet.
 
     Returns:
         (bytes, xxh3-128 in hex), both taken from memory: a bad write cannot hide behind its own checksum.
+
+    Raises:
+        OSError: with the file's name.
     """
     digest, size = xxhash.xxh3_128(), 0
-    with path.open("wb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-            digest.update(chunk)
-            size += len(chunk)
-        flush_to_disk(file)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        for piece in _pieces(chunks):
+            digest.update(piece)
+            size += len(piece)
+            _write_whole(descriptor, piece)
+        os.fsync(descriptor)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        os.close(descriptor)
     return size, digest.hexdigest()
+
+
+def _pieces(chunks: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
+    for chunk in chunks:
+        whole = memoryview(chunk).cast("B")
+        for start in range(0, len(whole), PIECE):
+            yield whole[start : start + PIECE]
+
+
+def _write_whole(descriptor: int, piece: memoryview) -> None:
+    """The system may write less than it is asked to: near the end of a disk, after a signal."""
+    while piece:
+        written = os.write(descriptor, piece)
+        if written == 0:
+            raise OSError(errno.EIO, "nothing could be written")
+        piece = piece[written:]
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading: one that is really there, no link out of the folder, no pipe that never ends.
+
+    Raises:
+        OSError: it cannot be opened, or is something else.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return os.fdopen(descriptor, "rb")
 
 
 def checksum(path: Path) -> tuple[int, str]:
     """(bytes, xxh3-128 in hex) of a file as it lies on disk."""
     digest, size = xxhash.xxh3_128(), 0
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
             size += len(chunk)
     return size, digest.hexdigest()
 
 
+def free_bytes(folder: Path) -> int:
+    """What may still be written to the disk of a folder; a quota is not seen."""
+    return shutil.disk_usage(folder).free
+
+
 def remove_tree(path: Path) -> None:
-    """Remove a folder that nothing points at any more."""
-    shutil.rmtree(path)
+    """Remove a folder that nothing points at any more; of a link, the link alone."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)

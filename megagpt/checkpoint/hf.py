@@ -62,7 +62,7 @@ def model_to_hf_state(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[
     """
     entries = list(hf_entries(config))
     known = {entry.name for entry in entries} | ({"head.weight"} if _is_tied(config) else set())
-    _check_names("the model's state", set(state), {entry.name for entry in entries}, known)
+    check_names("the model's state", set(state), {entry.name for entry in entries}, known)
     converted: dict[str, Tensor] = {}
     for entry in entries:
         converted.update(entry.to_hf(state[entry.name]))
@@ -76,9 +76,9 @@ def hf_state_to_model(config: ModelConfig, theirs: Mapping[str, Tensor], where: 
         CheckpointError: a tensor is missing, unknown, or a head that should be tied differs from the embedding.
     """
     entries = list(hf_entries(config))
-    theirs = {_with_prefix(config, name): tensor for name, tensor in theirs.items() if not _is_buffer(name)}
+    theirs = {with_prefix(config, name): tensor for name, tensor in theirs.items() if not _is_buffer(name)}
     needed = {part for entry in entries for part in entry.parts}
-    _check_names(where, set(theirs), needed, needed | {_HF_HEAD})
+    check_names(where, set(theirs), needed, needed | {_HF_HEAD})
     state = {entry.name: entry.from_hf(theirs) for entry in entries}
     if _is_tied(config):
         state["head.weight"] = state["embedding.tokens.weight"]
@@ -207,13 +207,18 @@ def _is_buffer(name: str) -> bool:
     return name.endswith((".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq"))
 
 
-def _with_prefix(config: ModelConfig, name: str) -> str:
+def with_prefix(config: ModelConfig, name: str) -> str:
     """OpenAI's GPT-2 files on the hub leave out `transformer.`."""
     bare = isinstance(config, GPT2Model) and name.startswith(("wte.", "wpe.", "h.", "ln_f."))
     return f"transformer.{name}" if bare else name
 
 
-def _check_names(where: str, found: set[str], needed: set[str], known: set[str]) -> None:
+def check_names(where: str, found: set[str], needed: set[str], known: set[str]) -> None:
+    """Compare the names that are there with those that must and may be.
+
+    Raises:
+        CheckpointError: naming the first that are missing or unknown.
+    """
     missing, unknown = sorted(needed - found), sorted(found - known)
     for problem, names in (("missing", missing), ("unknown", unknown)):
         if names:
@@ -237,7 +242,7 @@ def _weight_files(folder: Path) -> list[Path]:
     """The safetensors files, by the index where there is one."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        return [folder / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
+        return [folder / name for name in sorted(_indexed(index))]
     single = folder / "model.safetensors"
     if single.exists():
         return [single]
@@ -250,12 +255,22 @@ def _weight_files(folder: Path) -> list[Path]:
     raise CheckpointError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
 
 
+def _indexed(index: Path) -> set[str]:
+    """Names of the files in an index, all of them beside it."""
+    named = _read_json(index).get("weight_map")
+    names = set(map(str, named.values())) if isinstance(named, dict) else set()
+    outside = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
+    if outside or not names:
+        raise CheckpointError(f"{index}: weight_map must name safetensors files beside it, found {outside or named!r}")
+    return names
+
+
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{file}: no such file; name the folder of a Hugging Face model") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: not readable as JSON: {error}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: must hold a JSON object, found {type(content).__name__}")

@@ -15,6 +15,7 @@ from megagpt.config.schema import GPT2Model, LlamaModel, TrainingRun
 from megagpt.errors import CheckpointError
 from megagpt.model.build import build_model
 from megagpt.model.decoder import Decoder
+from megagpt.model.flops import parameter_count
 from megagpt.tokenizer import Tokenizer, open_tokenizer
 
 CHECKPOINTS = "checkpoints"
@@ -97,6 +98,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
         config = TrainingRun.model_validate_json(json.dumps(manifest.config))
     except ValidationError as error:
         raise CheckpointError(f"{step_dir}: its configuration is of another version: {error}") from None
+    held = sum(path.stat().st_size for path in rank_files(step_dir, manifest))
+    n_parameters = parameter_count(config.model)
+    if 4 * n_parameters > held:  # before a model of that size is made
+        raise CheckpointError(
+            f"{step_dir}: its configuration describes a model of {n_parameters:,} parameters, "
+            f"its files hold {held:,} bytes"
+        )
     return Checkpoint(step_dir, step_dir.resolve().parent.parent, manifest, config)
 
 
@@ -106,9 +114,8 @@ def _resolve(path: Path) -> Path:
     if path.name.startswith("step_"):
         return path
     store = CheckpointStore(path if path.name == CHECKPOINTS else path / CHECKPOINTS)
-    steps = store.steps()
-    if not steps:
-        unfinished = [found.name for found in store.folder.glob("step_*.tmp")] if store.folder.is_dir() else []
-        also = f"; {', '.join(unfinished)} was never finished" if unfinished else ""
+    found = store.survey()
+    if not found.steps:
+        also = f"; {found.told()}" if found.rejected else ""
         raise CheckpointError(f"{store.folder}: holds no complete checkpoint{also}")
-    return store.step_dir(steps[-1])
+    return store.step_dir(found.steps[-1])

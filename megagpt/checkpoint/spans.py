@@ -1,12 +1,17 @@
-"""Index arithmetic between differently cut copies of one tensor: which element of the one is which of the other."""
+"""Index arithmetic between differently cut copies of one tensor: which elements of the one are which of the other.
+
+Copies that are cut along the same dimension share rectangles: as many runs of neighbouring elements as there are
+indices before that dimension, at equal distances in either copy. So what they share is moved run by run by one strided
+copy, and nothing else is touched.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 
 from megagpt.model.layout import Shard
@@ -60,36 +65,100 @@ class Spans:
         """Nothing is missing, and places are the same in both."""
         return self.spans == ((0, self.size),)
 
-    def to_logical(self, local: Tensor) -> Tensor:
-        """Places in what is held -> places in the logical tensor."""
-        if self.is_whole:
-            return local
-        table = torch.cat([torch.arange(start, start + size) for start, size in self.spans])
-        return self._moved(local, self.held, self.size, table)
+    def is_comparable(self, other: Spans) -> bool:
+        """The two are cut along the same dimension, or one of them is not cut."""
+        same = (self.size, self.inner, self.outer) == (other.size, other.inner, other.outer)
+        return same or self.is_whole or other.is_whole
 
-    def to_local(self, logical: Tensor) -> Tensor:
-        """Places in the logical tensor -> places in what is held, -1 where it is not."""
-        if self.is_whole:
-            return logical
-        table = torch.full((self.size,), -1)
-        before = 0
-        for start, size in self.spans:
-            table[start : start + size] = torch.arange(before, before + size)
-            before += size
-        return self._moved(logical, self.size, self.held, table)
+    def seen_as(self, other: Spans) -> Spans:
+        """What is whole, in the dimensions of another way to hold the tensor."""
+        return Spans(other.size, other.inner, other.outer, ((0, other.size),)) if self.is_whole else self
 
-    def _moved(self, places: Tensor, before: int, after: int, table: Tensor) -> Tensor:
-        """From (outer, `before`, inner) to (outer, `after`, inner), where `table` gives the new place along."""
-        line, column = places // self.inner, places % self.inner
-        along = table[line % before]
-        return torch.where(along < 0, -1, (line // before * after + along) * self.inner + column)
 
-    def logical_range(self, start: int, stop: int) -> tuple[int, int]:
-        """Bounds of the logical places of what is held from `start` to `stop`; not all between them need be held."""
-        if self.outer == 1 and len(self.spans) == 1:
-            offset = self.spans[0][0] * self.inner
-            return offset + start, offset + stop
-        line = self.held * self.inner
-        first, last = start // line, (stop - 1) // line
-        lowest, highest = min(start for start, _ in self.spans), max(start + size for start, size in self.spans)
-        return (first * self.size + lowest) * self.inner, (last * self.size + highest) * self.inner
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """`count` runs of `length` neighbouring elements, whose first elements are `step` apart."""
+
+    first: int
+    step: int
+    length: int
+    count: int
+
+    @property
+    def numel(self) -> int:
+        """Elements of all of them."""
+        return self.length * self.count
+
+    def of(self, values: Tensor, start: int) -> Tensor:
+        """(count, length) view of these runs in a 1-D tensor whose first element is counted as `start`."""
+        begin = self.first - start
+        return values[begin : begin + (self.count - 1) * self.step + self.length].unfold(0, self.length, self.step)
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Elements that two copies of a tensor have in common: where they are in either."""
+
+    held: Runs
+    wanted: Runs
+
+    def within(self, held: range, wanted: range) -> Iterator[Stretch]:
+        """The same, without what lies outside of a range of one copy or the other."""
+        length = self.held.length
+        pairs = ((self.held, held), (self.wanted, wanted))
+        # Runs from `low` to `high` reach into both ranges; those from `whole_low` to `whole_high` lie in both wholly.
+        low = max(0, *((span.start - length - runs.first) // runs.step + 1 for runs, span in pairs))
+        high = min(self.held.count, *((span.stop - 1 - runs.first) // runs.step + 1 for runs, span in pairs))
+        whole_low = max(low, *(-((runs.first - span.start) // runs.step) for runs, span in pairs))
+        whole_high = min(high, *((span.stop - length - runs.first) // runs.step + 1 for runs, span in pairs))
+        if whole_low < whole_high:
+            yield self._part(whole_low, whole_high - whole_low, 0, length)
+        else:
+            whole_low = whole_high = high  # every run is cut off somewhere
+        for index in (*range(low, whole_low), *range(whole_high, high)):
+            firsts = [(runs.first + index * runs.step, span) for runs, span in pairs]
+            skipped = max(0, *(span.start - first for first, span in firsts))
+            kept = min(length, *(span.stop - first for first, span in firsts)) - skipped
+            if kept > 0:
+                yield self._part(index, 1, skipped, kept)
+
+    def _part(self, index: int, count: int, skipped: int, length: int) -> Stretch:
+        return Stretch(
+            *(
+                Runs(runs.first + index * runs.step + skipped, runs.step, length, count)
+                for runs in (self.held, self.wanted)
+            )
+        )
+
+
+def stretches(held: Spans, held_range: range, wanted: Spans, wanted_range: range) -> Iterator[Stretch]:
+    """What is in both of two comparable copies of a tensor.
+
+    Args:
+        held: how the one is cut.
+        held_range: the elements of it that are there.
+        wanted: how the other is cut.
+        wanted_range: the elements of it that are looked for.
+    """
+    held = held.seen_as(wanted)
+    wanted = wanted.seen_as(held)
+    held_before = 0
+    for held_start, held_size in held.spans:
+        wanted_before = 0
+        for wanted_start, wanted_size in wanted.spans:
+            start = max(held_start, wanted_start)
+            stop = min(held_start + held_size, wanted_start + wanted_size)
+            if start < stop and held.inner > 0:
+                length = (stop - start) * held.inner
+                shared = Stretch(
+                    _runs(held, held_before + start - held_start, length),
+                    _runs(wanted, wanted_before + start - wanted_start, length),
+                )
+                yield from shared.within(held_range, wanted_range)
+            wanted_before += wanted_size
+        held_before += held_size
+
+
+def _runs(spans: Spans, place: int, length: int) -> Runs:
+    """The runs that begin at a place along the dimension that is cut."""
+    return Runs(place * spans.inner, spans.held * spans.inner, length, spans.outer)

@@ -23,9 +23,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megagpt.checkpoint import fsio
-from megagpt.checkpoint.spans import Spans
+from megagpt.checkpoint.headers import Described, check_disjoint, read_header
+from megagpt.checkpoint.spans import Spans, stretches
 from megagpt.errors import CheckpointError
-from megagpt.model.layout import Shard
+from megagpt.model.layout import Extent, Shard
 
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -33,9 +34,6 @@ KINDS = (WEIGHT, *MOMENTS)
 """What is kept of a tensor under AdamW."""
 MOMENTUM = "momentum"
 """What Muon keeps of a matrix, instead of moments."""
-
-CHUNK_NUMEL = 2**22
-"""Elements that are moved at a time between differently cut tensors: what bounds the memory of the index arithmetic."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,41 +51,95 @@ class TensorSlice:
     """What the rank holds of a tensor that is cut over a tensor group."""
 
 
+@dataclass(frozen=True, slots=True)
+class RankFile:
+    """What one rank's safetensors file will hold."""
+
+    header: bytes
+    values: Sequence[Tensor]
+    """1-D, in the file's order, on any device; written as fp32."""
+
+    @classmethod
+    def of(cls, slices: Iterable[TensorSlice]) -> Self:
+        """The file of these slices, whose values are read when it is written."""
+        parts = list(slices)
+        return cls(slices_header(parts), [values for part in parts for values in part.values.values()])
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the file."""
+        return len(self.header) + 4 * sum(values.numel() for values in self.values)
+
+    def chunks(self) -> Iterator[bytes | memoryview]:
+        """The file's content, a tensor at a time."""
+        return _file_chunks(self.header, self.values)
+
+
+def rank_file(rank: int) -> str:
+    """Name of the file that a rank writes."""
+    return f"rank_{rank:05d}.safetensors"
+
+
 def write_slices(path: Path, slices: Iterable[TensorSlice]) -> tuple[int, str]:
     """Write one rank's safetensors file, tensor by tensor.
 
     Returns:
         (bytes, xxh3-128 in hex) of what was written, taken from memory.
     """
-    parts = list(slices)
+    return fsio.write_file(path, RankFile.of(slices).chunks())
+
+
+def write_extents(
+    path: Path, extents: Iterable[tuple[Extent, Sequence[str]]], values: Iterable[Tensor]
+) -> tuple[int, str]:
+    """As `write_slices`, of values that are made one at a time: only one of them need be in memory.
+
+    Args:
+        path: of the new file.
+        extents: each slice, and the kinds of values that are written of it.
+        values: of each slice and kind, in that order, 1-D.
+    """
+    return fsio.write_file(path, _file_chunks(_header(extents), values))
+
+
+def slices_header(parts: Iterable[TensorSlice]) -> bytes:
+    """The safetensors header of slices whose values follow in their order. The values' sizes alone count."""
+    return _header(
+        (Extent(part.name, part.shape, part.start, part.values[WEIGHT].numel(), part.shard), tuple(part.values))
+        for part in parts
+    )
+
+
+def _header(extents: Iterable[tuple[Extent, Sequence[str]]]) -> bytes:
     header: dict[str, Any] = {"__metadata__": {}}
     offset = 0
-    for part in parts:
-        header["__metadata__"][part.name] = json.dumps(_description(part))
-        for kind, values in part.values.items():
-            end = offset + 4 * values.numel()
-            entry = {"dtype": "F32", "shape": [values.numel()], "data_offsets": [offset, end]}
-            header[f"{part.name}|{kind}"] = entry
+    for extent, kinds in extents:
+        header["__metadata__"][extent.name] = json.dumps(_description(extent))
+        for kind in kinds:
+            end = offset + 4 * extent.numel
+            header[f"{extent.name}|{kind}"] = {
+                "dtype": "F32",
+                "shape": [extent.numel],
+                "data_offsets": [offset, end],
+            }
             offset = end
-    return fsio.write_file(path, _file_chunks(header, parts))
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the format wants the data aligned
+    return len(encoded).to_bytes(8, "little") + encoded
 
 
-def _description(part: TensorSlice) -> dict[str, Any]:
-    described: dict[str, Any] = {"shape": part.shape, "start": part.start}
-    if part.shard is not None:
-        described["shard"] = {"dim": part.shard.layout.dim, "spans": part.shard.spans}
+def _description(extent: Extent) -> dict[str, Any]:
+    described: dict[str, Any] = {"shape": extent.shape, "start": extent.start}
+    if extent.shard is not None:
+        described["shard"] = {"dim": extent.shard.layout.dim, "spans": extent.shard.spans}
     return described
 
 
-def _file_chunks(header: dict[str, Any], parts: Sequence[TensorSlice]) -> Iterator[bytes | memoryview]:
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # the format wants the data aligned
-    yield len(encoded).to_bytes(8, "little")
-    yield encoded
-    for part in parts:
-        for held in part.values.values():
-            values = held.detach().to("cpu", torch.float32).contiguous()
-            yield values.numpy().view(np.uint8).data
+def _file_chunks(header: bytes, values: Iterable[Tensor]) -> Iterator[bytes | memoryview]:
+    yield header
+    for held in values:
+        whole = held.detach().to("cpu", torch.float32).contiguous()
+        yield whole.numpy().view(np.uint8).data
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,45 +150,44 @@ class _Piece:
     spans: Spans
     kinds: tuple[str, ...]
 
-    def values(self, name: str, kind: str, begin: int, end: int) -> Tensor:
-        """Elements `begin` to `end`, counted as `start` is."""
+    def values(self, name: str, kind: str) -> Tensor:
+        """All of it, 1-D: a view of the file, of which is read what is looked at."""
         if kind not in self.kinds:
             raise CheckpointError(
                 f"tensor '{name}' has no '{kind}' in the checkpoint (it has {', '.join(self.kinds)}): "
                 "it was saved under another optimizer"
             )
-        found: Tensor = self.file.get_slice(f"{name}|{kind}")[begin - self.start : end - self.start]
+        found: Tensor = self.file.get_tensor(f"{name}|{kind}")
         return found
 
 
 class SliceReader:
     """Logical tensors of one checkpoint, read slice by slice from all ranks' files.
 
-    Use as a context manager. Memory is bounded by the largest slice asked for.
+    Use as a context manager. Files are mapped into memory, and of them only the stretches that hold what is asked for
+    are read: memory is bounded by the largest slice asked for.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
+        self._where = files[0].parent if files else "a checkpoint without tensors"
+        self.bytes_read = 0
+        """Bytes of values that were copied out of the files so far."""
         self._stack = ExitStack()
         self._pieces: dict[str, list[_Piece]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
+        described: dict[str, list[tuple[Path, Described]]] = {}
         for path in files:
+            header = read_header(path)
             try:
                 file = self._stack.enter_context(safe_open(path, framework="pt"))
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from None
-            kinds: dict[str, list[str]] = {}
-            for key in file.keys():  # noqa: SIM118 - not a mapping
-                name, _, kind = key.rpartition("|")
-                kinds.setdefault(name, []).append(kind)
-            for name, described in (file.metadata() or {}).items():
-                self._add(name, json.loads(described), file, kinds[name])
-
-    def _add(self, name: str, described: dict[str, Any], file: Any, kinds: Iterable[str]) -> None:
-        numel = file.get_slice(f"{name}|{WEIGHT}").get_shape()[0]
-        self._shapes[name] = tuple(described["shape"])
-        spans = Spans.from_description(self._shapes[name], described.get("shard"))
-        in_order = tuple(sorted(kinds, key=lambda kind: (kind != WEIGHT, kind)))
-        self._pieces.setdefault(name, []).append(_Piece(described["start"], numel, file, spans, in_order))
+            for name, one in header.items():
+                described.setdefault(name, []).append((path, one))
+                self._shapes[name] = one.shape
+                self._pieces.setdefault(name, []).append(_Piece(one.start, one.numel, file, one.spans, one.kinds))
+        for name, slices in described.items():
+            check_disjoint(name, slices)
 
     def __enter__(self) -> Self:
         return self
@@ -174,11 +225,19 @@ class SliceReader:
                 f"(it has {len(self._shapes)} tensors, for example '{next(iter(self._shapes), '')}')"
             )
         wanted = Spans.of(self._shapes[name], shard)
+        if shard is not None and not all(piece.spans.is_comparable(wanted) for piece in self._pieces[name]):
+            # Written by a version of the layer that was cut along another dimension: by way of the whole tensor.
+            return shard.cut(self.read_whole(name, kind)).flatten()[start : start + numel]
         result = torch.zeros(numel)
         stop = min(start + numel, wanted.numel)  # behind it is padding
-        filled = sum(
-            _copy(piece, (name, kind), result, start, stop, wanted) for piece in self._pieces[name] if start < stop
-        )
+        filled = 0
+        for piece in self._pieces[name] if start < stop else ():
+            held = range(piece.start, piece.start + piece.numel)
+            for run in stretches(piece.spans, held, wanted, range(start, stop)):
+                values = piece.values(name, kind)
+                run.wanted.of(result, start).copy_(run.held.of(values, piece.start))
+                filled += run.wanted.numel
+        self.bytes_read += 4 * filled
         if filled != max(0, stop - start):
             raise CheckpointError(
                 f"tensor '{name}': {filled} of {stop - start} values from {start} on are in the checkpoint's files; "
@@ -206,25 +265,4 @@ class SliceReader:
         ]
         problems = [f"missing {missing[:3]}"] * bool(missing) + [f"unknown {unknown[:3]}"] * bool(unknown)
         if problems or other:
-            raise CheckpointError("checkpoint of another model: " + "; ".join(problems + other[:3]))
-
-
-def _copy(piece: _Piece, key: tuple[str, str], result: Tensor, start: int, stop: int, wanted: Spans) -> int:
-    """Copy what a piece has of the elements `start` to `stop` of `wanted` into `result`; how many they were."""
-    if piece.spans == wanted:
-        begin, end = max(start, piece.start), min(stop, piece.start + piece.numel)
-        if begin < end:
-            result[begin - start : end - start] = piece.values(*key, begin, end)
-        return max(0, end - begin)
-    low, high = wanted.logical_range(start, stop)
-    copied = 0
-    for begin in range(piece.start, piece.start + piece.numel, CHUNK_NUMEL):
-        end = min(begin + CHUNK_NUMEL, piece.start + piece.numel)
-        here_low, here_high = piece.spans.logical_range(begin, end)
-        if here_high <= low or high <= here_low:
-            continue
-        place = wanted.to_local(piece.spans.to_logical(torch.arange(begin, end)))
-        is_wanted = (place >= start) & (place < stop)
-        result[place[is_wanted] - start] = piece.values(*key, begin, end)[is_wanted]
-        copied += int(torch.count_nonzero(is_wanted))
-    return copied
+            raise CheckpointError(f"{self._where}: checkpoint of another model: {'; '.join(problems + other[:3])}")

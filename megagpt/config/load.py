@@ -62,6 +62,25 @@ def load_arguments(schema: type[SectionT], words: Sequence[str]) -> SectionT:
     return load_config(schema, *split_arguments(words))
 
 
+def change_config(config: SectionT, words: Sequence[str]) -> SectionT:
+    """A configuration with what the words of a command line, YAML files and overrides, say in its place.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    files, overrides = split_arguments(words)
+    said: dict[str, Any] = {}
+    origin: dict[KeyPath, str] = {}
+    for file, content in _with_included(files):
+        _merge_file(said, origin, file, content)
+    for override in overrides:
+        _apply_override(said, origin, override)
+    values = json.loads(config.model_dump_json())
+    for path, value in _leaves(said):
+        _set(values, path, value, _origin_of(path, origin))
+    return _validate(type(config), values, origin)
+
+
 def split_arguments(words: Sequence[str]) -> tuple[tuple[Path, ...], tuple[str, ...]]:
     """(files, overrides): a word with `=` is an override, unless it ends like a YAML file."""
     overrides = tuple(word for word in words if "=" in word and not word.endswith((".yaml", ".yml")))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -182,6 +183,17 @@ class OptimSection(Section):
         return self
 
 
+def _check_range(batches: tuple[int, int]) -> tuple[int, int]:
+    first, end = batches
+    if not 0 <= first < end:
+        raise ValueError(f"[{first}, {end}] is no range: write the first batch and the one after the last")
+    return batches
+
+
+BatchRange = Annotated[tuple[int, int], AfterValidator(_check_range)]
+"""[first, end): the first batch that is skipped, and the first one that is not."""
+
+
 class TrainSection(Section):
     """How long, how much at a time, in which precision."""
 
@@ -202,6 +214,9 @@ class TrainSection(Section):
     auto: sdpa; with `data.isolate_documents` the first of flash, varlen, flex and sdpa that can be used."""
     compile: bool = False
     """torch.compile of each block: fewer passes over memory, a slow first step. Needs a C++ compiler."""
+    skip_batches: tuple[BatchRange, ...] = ()
+    """Batches that are never trained on: ranges [first, end), 0-based; batch k holds the samples from
+    k x `global_batch_size` on. A run that has read a batch cannot skip it any more."""
     offload_activations: bool = False
     """Keep what the blocks' forward leaves for backward (with recompute=full: each block's input) in pinned host
     memory: the same loss and gradients, less memory on the device, two copies over the bus."""
@@ -276,6 +291,14 @@ class CheckpointSection(Section):
     """Newest complete checkpoints that are kept."""
     keep_every: NonNegativeInt = 0
     """Also keep every checkpoint whose step is a multiple of this; 0 means none."""
+    asynchronous: bool = True
+    """Write while training goes on: a step waits only for a copy into host memory, which takes as much of it as this
+    process's part of the checkpoint (--check tells how much). false: training waits until everything is on disk."""
+    retry_after: NonNegativeInt = 50
+    """Steps after which a save that failed is tried again, if none is due before; 0 means not before the next due."""
+    max_failed_saves: NonNegativeInt = 0
+    """Failed saves in a row that end the run; 0 means they never do: what was computed since the last checkpoint is
+    lost for certain then, and room on a disk can come back. The last save of a run must succeed in any case."""
 
 
 class EvalSection(Section):
@@ -285,6 +308,41 @@ class EvalSection(Section):
     """Steps between evaluations; 0 means never."""
     sequences: PositiveInt = 256
     """Validation sequences an evaluation, the same ones each time; all of them where there are fewer."""
+
+
+class WatchSection(Section):
+    """What ends a run, or drops a step of it, before harm is done."""
+
+    startup_seconds: NonNegativeFloat = 1800.0
+    """Longest time from the start of a process to its first steps, the first step with what is compiled for it
+    included; 0: no deadline. After a deadline the stacks of all ranks are in the run's folder `stacks`, the message
+    names the rank that did not arrive, and the run ends with exit code 4."""
+    step_seconds: NonNegativeFloat | None = None
+    """Longest time of an optimizer step; 0: no deadline. Unset: ten times the median of the last steps, and at least
+    180 seconds."""
+    save_seconds: NonNegativeFloat = 1800.0
+    """Longest time of a checkpoint, and of the end of a run; 0: no deadline."""
+    eval_seconds: NonNegativeFloat = 1800.0
+    """Longest time of an evaluation; 0: no deadline."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite is seen on all ranks before the update. stop: the run ends with exit code
+    3; skip: the step makes no update and the run goes on. The step is computed once more to find the rank."""
+    on_spike: Literal["record", "skip", "rollback"] = "record"
+    """A loss or gradient norm that lies more than `spike_sigmas` standard deviations above the mean of the last
+    `spike_window` steps. record: only tell; skip: the step makes no update; rollback: go back to the last checkpoint
+    and pass over the batches from there to the spike."""
+    spike_sigmas: PositiveFloat = 6.0
+    """Standard deviations that make a spike."""
+    spike_window: Annotated[int, Field(ge=2)] = 128
+    """Steps over which mean and deviation are taken; nothing is a spike before half of them are there."""
+    max_skips: PositiveInt = 3
+    """Dropped steps in a row, or rollbacks to the same checkpoint, after which the run ends with exit code 3."""
+    replicas_every: NonNegativeInt = 100
+    """Steps between comparisons of the weights that several processes hold; 0: only before each checkpoint. What
+    differs ends the run with exit code 3 and is never saved."""
+    slow_every: NonNegativeInt = 10
+    """Steps between comparisons of the ranks' own times; 0: never. A rank that is slower than the others in four of
+    them, one after the other, is named once."""
 
 
 class LogSection(Section):
@@ -312,6 +370,7 @@ class TrainingRun(Section):
     parallel: ParallelSection = ParallelSection()
     checkpoint: CheckpointSection = CheckpointSection()
     eval: EvalSection = EvalSection()
+    watch: WatchSection = WatchSection()
     log: LogSection = LogSection()
 
     @model_validator(mode="after")
@@ -324,6 +383,11 @@ class TrainingRun(Section):
         if self.eval.every and self.data.val is None:
             raise ValueError(
                 f"eval.every is {self.eval.every} but data.val is not set; name validation tokens or set eval.every=0"
+            )
+        if self.watch.on_spike == "rollback" and not self.checkpoint.save_every:
+            raise ValueError(
+                "watch.on_spike is 'rollback' but checkpoint.save_every is 0: there is no checkpoint to go back to; "
+                "set checkpoint.save_every, or watch.on_spike=skip"
             )
         if self.train.global_batch_size % self.train.micro_batch_size:
             raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, Protocol
@@ -15,16 +15,19 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from megagpt.checkpoint.tensors import SliceReader, TensorSlice
+from megagpt.checkpoint.tensors import MOMENTS, SliceReader, TensorSlice
 from megagpt.config.schema import OptimSection, TrainingRun
 from megagpt.engine import slices
 from megagpt.engine.bf16 import spare_copies
 from megagpt.engine.corrections import unname_shared_buffers, unscale_with_the_scale_of_the_step
 from megagpt.engine.disk import ScratchFile, reserve_for, swapping_through
 from megagpt.engine.ds_config import ds_config
-from megagpt.engine.replicas import check_replicas
+from megagpt.engine.gate import Gate
+from megagpt.engine.inspect import BadGradients, NonFinite, depth_of, gradients_inspected, origins
+from megagpt.engine.replicas import bad_weights, check_replicas
 from megagpt.engine.sharded import fill_in_parts
 from megagpt.engine.sharded_muon import ShardedMuon
+from megagpt.engine.stopwatch import Stopwatch
 from megagpt.errors import ConfigError, DataError, TrainingDiverged
 from megagpt.model.batch import TokenBatch
 from megagpt.model.decoder import Decoder
@@ -34,6 +37,10 @@ from megagpt.parallel.norm import global_norm
 from megagpt.parallel.plan import BatchPlan
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+Judge = Callable[[float, float], bool]
+"""(loss in nats, gradient norm before clipping), both finite -> whether the update is made."""
 
 
 class EvaluationBatches(Sized, Iterable[TokenBatch], Protocol):
@@ -47,9 +54,9 @@ class StepOutcome:
     loss: float
     """Mean negative log-likelihood of the step's target tokens, nats."""
     grad_norm: float
-    """Global L2 norm before clipping; NaN where fp16 overflowed."""
+    """Global L2 norm before clipping; NaN where it is not finite."""
     skipped: bool
-    """fp16 only: gradients overflowed, the loss scale was lowered and nothing was updated."""
+    """Nothing was updated: gradients overflowed in fp16, were not finite, or the judge refused the update."""
     loss_scale: float | None
     """fp16 only."""
     stop_requested: bool
@@ -98,6 +105,12 @@ class Engine:
         if self._fp16:
             unscale_with_the_scale_of_the_step(self._engine.optimizer)
         spare_copies(self._engine, mesh.zero_parallel)
+        self._gate = Gate(self._engine.optimizer)
+        self._judge: Judge | None = None
+        self._together = False
+        self._losses: list[Tensor] = []
+        self._inspected: BadGradients | None = None
+        self._stopwatch = Stopwatch(mesh.device)
 
     def _optimizer(self, param_groups: list[dict[str, Any]], config: TrainingRun) -> torch.optim.Optimizer:
         if config.optim.name == "adamw":
@@ -135,35 +148,87 @@ class Engine:
         """DeepSpeed's, for the files of this package."""
         return self._engine.optimizer
 
-    def train_step(self, micro_batches: Sequence[TokenBatch], lr: float, *, stop: bool = False) -> StepOutcome:
+    def train_step(
+        self,
+        micro_batches: Sequence[TokenBatch],
+        lr: float,
+        *,
+        stop: bool = False,
+        judge: Judge | None = None,
+        together: bool = False,
+    ) -> StepOutcome:
         """Forward and backward over this process's micro-batches, clip, update.
 
         Args:
             micro_batches: `grad_accum_steps` of `micro_batch_size` sequences.
             lr: learning rate of this step.
             stop: this process was asked to stop; every process learns of it with the loss.
+            judge: asked before the update. With one, a loss or norm that is not finite drops the update too, and the
+                caller sees it in what this returns.
+            together: where any process's judge refuses, all refuse; costs a small collective. For judges that
+                decide more than what is finite.
 
         Raises:
-            TrainingDiverged: on all processes together. A loss that is not finite is seen before the update.
+            TrainingDiverged: without a judge, on all processes together and before the update: the loss or the
+                gradient norm is not finite.
         """
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
-        micro_batches = self._begin(micro_batches)
+        micro_batches = self._begin(micro_batches, lr, judge, together=together)
         self._engine.train()
         nll = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         last = len(micro_batches) - 1
         for index, batch in enumerate(micro_batches):
             # The engine's own count goes wrong when the batch size changes in mid-run.
             self._engine.set_gradient_accumulation_boundary(index == last)
+            if index == 0:
+                self._stopwatch.start()
             micro_nll = self._nll(batch)
+            if index == 0:
+                self._stopwatch.stop()
             nll += micro_nll.detach()
+            self._losses.append(micro_nll.detach())
             if index == last:
-                loss, stop = self._agree(float(nll), stop=stop)
+                _, stop = self._agree(float(nll), stop=stop)
+            if self._inspected is not None:
+                self._inspected.micro_batch = index
             self._engine.backward(self._weighted(micro_nll))
-            if index == last:
-                norm = self._norm_without_zero()
+            if index == last and not self._norm_is_told:
+                self._gate.passes(self._norm_without_zero())
             self._engine.step()
-        return self._outcome(loss, norm, stop=stop)
+        return self._outcome(stop=stop)
+
+    @property
+    def forward_seconds(self) -> float:
+        """This process's time for the forward of the first micro-batch of the last step.
+
+        A measure of its speed where it waits for no other meanwhile: under ZeRO-0 to 2 without tensor and sequence
+        parallelism. Where it does, the processes that wait for each other show the time of the slowest.
+        """
+        return self._stopwatch.seconds
+
+    def blame(self) -> list[NonFinite]:
+        """Whose loss of the last step is not finite, and where; or whose weights. All processes call it."""
+        bad = tuple(index for index, nll in enumerate(self._losses) if not math.isfinite(float(nll)))
+        loss = NonFinite(self.mesh.rank, self.mesh.data_parallel_rank, "loss", bad)
+        weight = NonFinite(self.mesh.rank, self.mesh.data_parallel_rank, "weight", names=bad_weights(self.model))
+        return origins(self._gathered(loss) + self._gathered(weight))
+
+    def inspect_step(self, micro_batches: Sequence[TokenBatch], lr: float) -> list[NonFinite]:
+        """Compute a step's gradients again, without an update, to find who computes what is not finite.
+
+        All processes call it, with the random numbers of that step. An empty list: this time all is finite.
+        """
+        with gradients_inspected(self.model) as found:
+            self._inspected = found
+            self.train_step(micro_batches, lr, judge=lambda loss, norm: False)  # noqa: ARG005
+            self._inspected = None
+        names = tuple(self.model.logical_name(name) for name in found.names)
+        depth = max((depth_of(self.model, name) for name in found.names), default=(0, 0))
+        micro = tuple(sorted(found.micro))
+        own = NonFinite(self.mesh.rank, self.mesh.data_parallel_rank, "gradient", micro, names, depth)
+        return origins(self._gathered(own)) or self.blame()
+
+    def _gathered(self, own: NonFinite) -> list[NonFinite]:
+        return [one for one in self.mesh.gather(own) if one.micro_batches or one.names]
 
     def eval_loss(self, batches: EvaluationBatches) -> tuple[float, int]:
         """Mean loss in nats over all processes' batches, and the number of target tokens.
@@ -178,8 +243,16 @@ class Engine:
                 targets += batch.n_targets
         return self._mean_loss(nll, targets)
 
-    def _begin(self, micro_batches: Sequence[TokenBatch]) -> list[TokenBatch]:
+    def _begin(
+        self, micro_batches: Sequence[TokenBatch], lr: float, judge: Judge | None, *, together: bool
+    ) -> list[TokenBatch]:
         """This process's part of each; count the step's targets: every one of them weighs the same in the loss."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._judge, self._together = judge, together
+        self._losses.clear()
+        self._loss_of_step = math.nan
+        self._gate.open(self._passes)
         shares = self._shares(micro_batches)
         (total,) = self.mesh.sum(self._counted_once(sum(batch.n_targets for batch in shares)))
         if total == 0:
@@ -193,9 +266,19 @@ class Engine:
     def _agree(self, nll: float, *, stop: bool) -> tuple[float, bool]:
         """The step's loss over all processes, and whether any of them was asked to stop."""
         total, stops = self.mesh.sum(self._counted_once(nll), float(stop))
-        loss = total / self._targets_per_step
-        self._check_finite("loss", loss)
+        loss = self._loss_of_step = total / self._targets_per_step
+        if self._judge is None:
+            self._check_finite("loss", loss)
         return loss, stops > 0
+
+    def _passes(self, norm: float) -> bool:
+        """What the gate asks before the update; where `together`, the same answer on all processes."""
+        loss = self._loss_of_step
+        passes = math.isfinite(norm) and math.isfinite(loss) and (self._judge is None or self._judge(loss, norm))
+        if self._together:
+            (refusals,) = self.mesh.sum(float(not passes))
+            passes = refusals == 0
+        return passes
 
     def _mean_loss(self, nll: float, targets: int) -> tuple[float, int]:
         total_nll, total_targets = self.mesh.sum(self._counted_once(nll), self._counted_once(targets))
@@ -204,12 +287,24 @@ class Engine:
         return total_nll / total_targets, int(total_targets)
 
     def check_replicas(self) -> None:
-        """Compare the weights of processes that must hold the same.
+        """Compare the weights of processes that must hold the same, and look whether all are finite.
 
         Raises:
             TrainingDiverged: on every process, naming what differs.
         """
-        check_replicas(self.model, self.mesh, cut_over_data=self._zero_stage == 3)
+        check_replicas(self.model, self.mesh, self._replicated_state(), cut_over_data=self._zero_stage == 3)
+
+    def _replicated_state(self) -> dict[str, Tensor]:
+        """Adam moments that every process of a data axis holds whole: under ZeRO-0."""
+        if self._zero_stage > 0 or isinstance(self._engine.optimizer, ShardedMuon):
+            return {}
+        state = self._engine.optimizer.state
+        return {
+            f"{kind} of {self.model.logical_name(name)}": state[parameter][kind]
+            for name, parameter in self.model.named_parameters()
+            for kind in MOMENTS
+            if kind in state.get(parameter, ())
+        }
 
     def owned_slices(self) -> Iterator[TensorSlice]:
         """This process's part of weights and optimizer state, for a checkpoint."""
@@ -263,22 +358,22 @@ class Engine:
         """
         return micro_nll * (self.mesh.zero_parallel * self.plan.grad_accum_steps / self._targets_per_step)
 
-    def _norm_without_zero(self) -> float | None:
+    def _norm_without_zero(self) -> float:
         """ZeRO-0 clips without telling the norm; gradients are reduced by now, so take it here."""
-        if self._norm_is_told:
-            return None
         gradients = [(name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None]
         return global_norm(gradients, self.model.shards, self.mesh)
 
-    def _outcome(self, loss: float, norm: float | None, *, stop: bool) -> StepOutcome:
+    def _outcome(self, *, stop: bool) -> StepOutcome:
         applied = bool(self._engine.was_step_applied())
-        if norm is None:
+        self._gate.close()
+        norm = self._gate.norm if self._gate.norm is not None else math.nan
+        if applied and self._norm_is_told:
             norm = float(self._engine.get_global_grad_norm())
-        if not self._fp16:
+        if self._judge is None and not self._fp16:
             # DeepSpeed passes over non-finite gradients without a word; to us they end the run.
             self._check_finite("gradient norm", norm if applied else math.nan)
         scale = float(self._engine.optimizer.cur_scale) if self._fp16 else None
-        return StepOutcome(loss, norm if applied else math.nan, not applied, scale, stop)
+        return StepOutcome(self._loss_of_step, norm, not applied, scale, stop)
 
     def _check_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from megagpt.config.schema import TrainingRun
 from megagpt.engine.ds_config import ds_config
-from megagpt.engine.engine import Engine, EvaluationBatches, StepOutcome
+from megagpt.engine.engine import Engine, EvaluationBatches, Judge, StepOutcome
 from megagpt.model.batch import TokenBatch
 from megagpt.model.context import Contexts
 from megagpt.model.decoder import run_layers
@@ -48,6 +48,7 @@ class PipelinedEngine(Engine):
         engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | {
             schedule.ReduceTiedGrads: lambda engine: self._add_up_tied_gradients(engine),
             schedule.OptimizerStep: lambda engine: self._update(engine, type(engine)._INSTRUCTION_MAP),
+            schedule.ForwardPass: lambda engine, **which: self._forward(engine, type(engine)._INSTRUCTION_MAP, which),
         }
         return engine
 
@@ -64,15 +65,21 @@ class PipelinedEngine(Engine):
             parameter.ds_pipe_replicated = copies[id(parameter)]
         return stages
 
-    def train_step(self, micro_batches: Sequence[TokenBatch], lr: float, *, stop: bool = False) -> StepOutcome:
+    def train_step(
+        self,
+        micro_batches: Sequence[TokenBatch],
+        lr: float,
+        *,
+        stop: bool = False,
+        judge: Judge | None = None,
+        together: bool = False,
+    ) -> StepOutcome:
         """As its base; one forward and backward of every micro-batch through all stages."""
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
-        micro_batches = self._begin(micro_batches)
-        self._stop = stop
+        micro_batches = self._begin(micro_batches, lr, judge, together=together)
+        self._stop, self._timed = stop, False
         self._nll_of_step = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         self._engine.train_batch(_for_both_ends(micro_batches))
-        return self._outcome(self._mean, None, stop=self._stop)
+        return self._outcome(stop=self._stop)
 
     def eval_loss(self, batches: EvaluationBatches) -> tuple[float, int]:
         """As its base; the batches go through the stages one behind the other."""
@@ -84,6 +91,7 @@ class PipelinedEngine(Engine):
         chosen += [nothing] * (-len(chosen) % sweep)
         self._targets_per_step = 1.0
         self._nll_of_step = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        self._timed = True
         self._engine.reset_activation_shape()
         for start in range(0, len(chosen), sweep):
             self._engine.eval_batch(
@@ -108,6 +116,7 @@ class PipelinedEngine(Engine):
             outputs, _ = outputs
         nll = self.model.nll(outputs, targets)
         self._nll_of_step += nll.detach().double()
+        self._losses.append(nll.detach())
         return self._weighted(nll)
 
     def _counted_once(self, value: float) -> float:
@@ -125,8 +134,17 @@ class PipelinedEngine(Engine):
                 torch.distributed.all_reduce(_accumulated_gradient(engine, name, parameter), group=groups.ends)
 
     def _update(self, engine: Any, theirs: dict[type, Any]) -> None:
-        self._mean, self._stop = self._agree(float(self._nll_of_step), stop=self._stop)
+        _, self._stop = self._agree(float(self._nll_of_step), stop=self._stop)
         theirs[schedule.OptimizerStep](engine)
+
+    def _forward(self, engine: Any, theirs: dict[type, Any], which: dict[str, Any]) -> None:
+        """A micro-batch through this stage; the first of a step is timed."""
+        first, self._timed = not self._timed, True
+        if first:
+            self._stopwatch.start()
+        theirs[schedule.ForwardPass](engine, **which)
+        if first:
+            self._stopwatch.stop()
 
 
 class _Stages(PipelineModule):  # type: ignore[misc]

@@ -1,8 +1,11 @@
-"""Do the processes that must hold the same weights hold the same weights?"""
+"""Do the processes that must hold the same weights hold the same weights, and are they numbers?"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,63 +17,126 @@ from megagpt.parallel.mesh import Mesh
 
 _INTEGERS = {2: torch.int16, 4: torch.int32}
 """Bytes of a weight -> the type that reads its bits."""
+_TOLD = 4
+"""Findings that a message names; the run's history has all."""
 
 
-def check_replicas(model: Decoder, mesh: Mesh, *, cut_over_data: bool) -> None:
+@dataclass(frozen=True, slots=True, order=True)
+class Finding:
+    """One tensor that is not as it must be."""
+
+    tensor: str
+    ranks: tuple[int, ...]
+    """Those whose values are wrong; all that were compared where none is in the majority."""
+    others: tuple[int, ...] = ()
+    """Those in the majority, which agree; none where the values are not finite."""
+    problem: str = "differs"
+
+    def __str__(self) -> str:
+        ranks = " and ".join(f"of rank {rank}" for rank in reversed(self.ranks))
+        if self.problem == "not finite":
+            return f"{self.tensor} {ranks} is not finite"
+        against = f", which {len(self.others)} others agree on" if self.others else ""
+        return f"{self.tensor} {ranks}{against}"
+
+
+def check_replicas(model: Decoder, mesh: Mesh, more: Mapping[str, Tensor], *, cut_over_data: bool) -> None:
     """Compare checksums of the weights as the forward sees them; a few bytes a tensor go over the wire.
 
     Over the data axis all weights are the same, over the tensor group those that are not cut, and on the first and the
     last stage of a pipeline a tied head. Under ZeRO-3, which cuts all weights (`cut_over_data`), nothing is compared.
+    And all of them are finite.
+
+    Args:
+        model: what this process holds.
+        mesh: this process's place.
+        more: tensors that are the same over the data axis, by name.
+        cut_over_data: see above.
 
     Raises:
         TrainingDiverged: on every process, naming tensors and ranks: a gradient was lost, or a device computes wrongly.
+            `details` has all findings.
     """
-    parameters = dict(model.named_parameters())
-    problems: list[str] = []
-    for names, group in _replicated(model, mesh, cut_over_data=cut_over_data):
-        logical = [model.logical_name(name) for name in names]
-        problems += _compare([parameters[name] for name in names], logical, group)
-    found = sorted({problem for some in mesh.gather(problems) for problem in some})
-    if found:
-        raise TrainingDiverged(
-            f"weights that must be the same differ: {'; '.join(found[:4])}. Nothing was saved and the last checkpoint "
-            "stands; go on from it without the host that differs"
-        )
+    findings = [Finding(name, (mesh.rank,), problem="not finite") for name in bad_weights(model)]
+    for tensors, group in _replicated(model, mesh, more, cut_over_data=cut_over_data):
+        findings += _compare(tensors, group)
+    found = sorted({finding for some in mesh.gather(findings) for finding in some})
+    if not found:
+        return
+    wrong = {finding.problem for finding in found}
+    what = "weights that must be the same differ" if "differs" in wrong else "weights are no numbers"
+    error = TrainingDiverged(
+        f"{what}: {'; '.join(str(finding) for finding in found[:_TOLD])}. Nothing was saved and the last checkpoint "
+        "stands; go on from it without the host that differs"
+    )
+    error.details = {"findings": [_plain(finding) for finding in found]}
+    raise error
+
+
+def _plain(finding: Finding) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(finding).items()}
 
 
 def _replicated(
-    model: Decoder, mesh: Mesh, *, cut_over_data: bool
-) -> Iterator[tuple[Sequence[str], ProcessGroup | None]]:
-    """Names of parameters, and the group whose processes all hold the same values of them."""
-    names = [name for name, _ in model.named_parameters()]
+    model: Decoder, mesh: Mesh, more: Mapping[str, Tensor], *, cut_over_data: bool
+) -> Iterator[tuple[dict[str, Tensor], ProcessGroup | None]]:
+    """Logical names and tensors, and the group whose processes all hold the same values of them."""
+    held = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def logical(names: Sequence[str]) -> dict[str, Tensor]:
+        return {model.logical_name(name): held[name] for name in names}
+
     if mesh.zero_parallel > 1 and not cut_over_data:
-        yield names, mesh.groups.zero if mesh.groups is not None else None
+        yield logical(list(held)) | dict(more), mesh.groups.zero if mesh.groups is not None else None
     if mesh.groups is None or cut_over_data:
         return
     if mesh.tensor > 1:
-        yield [name for name in names if not model.shards[name].is_cut], mesh.groups.tensor
+        yield logical([name for name in held if not model.shards[name].is_cut]), mesh.groups.tensor
     if model.shared_with_other_end is not None:
-        yield [model.shared_with_other_end], mesh.groups.ends
+        yield logical([model.shared_with_other_end]), mesh.groups.ends
 
 
-def _compare(parameters: Sequence[Tensor], names: Sequence[str], group: ProcessGroup | None) -> list[str]:
-    if not names:
+def bad_weights(model: Decoder) -> tuple[str, ...]:
+    """Logical names of this process's weights that hold NaN or infinity; under ZeRO-3 its parts, and what is whole."""
+    names, finite = [], []
+    for name, parameter in model.named_parameters():
+        for tensor in (parameter.detach(), getattr(parameter, "ds_tensor", None)):
+            if tensor is not None and tensor.numel():
+                names.append(model.logical_name(name))
+                finite.append(torch.isfinite(tensor).all().to(parameter.device))
+    if not finite:
+        return ()
+    together = torch.stack(finite).tolist()
+    return tuple(dict.fromkeys(name for name, is_finite in zip(names, together, strict=True) if not is_finite))
+
+
+def _compare(tensors: Mapping[str, Tensor], group: ProcessGroup | None) -> list[Finding]:
+    if not tensors:
         return []
-    own = torch.stack([_checksum(parameter) for parameter in parameters])
-    members = torch.distributed.get_process_group_ranks(group) if group is not None else None
+    own = torch.stack([_checksum(tensor) for tensor in tensors.values()])
     size = torch.distributed.get_world_size(group)
+    members = torch.distributed.get_process_group_ranks(group) if group is not None else range(size)
     gathered = [torch.empty_like(own) for _ in range(size)]
     torch.distributed.all_gather(gathered, own, group=group)
+    by_tensor = torch.stack(gathered).T.tolist()
     return [
-        f"{name} of rank {members[place] if members is not None else place} and of rank "
-        f"{members[0] if members is not None else 0}"
-        for place, theirs in enumerate(gathered)
-        for name, same in zip(names, (theirs == gathered[0]).tolist(), strict=True)
-        if not same
+        _blamed(name, checksums, members)
+        for name, checksums in zip(tensors, by_tensor, strict=True)
+        if len(set(checksums)) > 1
     ]
 
 
-def _checksum(parameter: Tensor) -> Tensor:
+def _blamed(name: str, checksums: Sequence[int], members: Sequence[int]) -> Finding:
+    """Whoever is not in the majority; without one, it may be any of them."""
+    ((most_common, times),) = Counter(checksums).most_common(1)
+    if 2 * times <= len(checksums):
+        return Finding(name, tuple(members))
+    ranks = zip(members, checksums, strict=True)
+    wrong = tuple(rank for rank, checksum in ranks if checksum != most_common)
+    return Finding(name, wrong, tuple(rank for rank in members if rank not in wrong))
+
+
+def _checksum(tensor: Tensor) -> Tensor:
     """The sum of the bits, modulo 2^64: exact and independent of the order of summation."""
-    bits = parameter.detach().contiguous().view(_INTEGERS[parameter.element_size()])
+    bits = tensor.contiguous().view(_INTEGERS[tensor.element_size()])
     return bits.sum(dtype=torch.int64)

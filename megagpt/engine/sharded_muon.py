@@ -19,7 +19,7 @@ from megagpt.config.schema import OptimSection
 from megagpt.engine.flat_shard import FlatShard
 from megagpt.engine.muon import SCALES, momentum_direction, orthogonalized
 from megagpt.model.decoder import Decoder
-from megagpt.parallel.matrices import HiddenMatrix, hidden_matrices
+from megagpt.parallel.matrices import HiddenMatrix, hidden_matrices, share_out
 from megagpt.parallel.mesh import Mesh
 from megagpt.parallel.norm import global_norm
 
@@ -69,11 +69,15 @@ class ShardedMuon(torch.optim.Optimizer):
         super().__init__([matrices, *(group for group in rest if group["params"])], {"lr": optim.lr})
         self.steps = 0
         """Updates that were made."""
+        self.passes: Callable[[float], bool] = math.isfinite
+        """Asked with the gradient norm, before clipping, whether to update."""
+        self.overflow = False
+        """Whether the last step made no update: DeepSpeed's name for it."""
         self._optim, self._mesh, self._shards, self._dtype = optim, mesh, model.shards, dtype
         self._named = dict(model.named_parameters())
         self._degree, self._rank = (mesh.zero_parallel, mesh.zero_rank) if sharded else (1, 0)
         self._writes = sharded or mesh.zero_rank == 0
-        self._owners = _share_out(self._matrices, self._degree)
+        self._owners = share_out(self._matrices, self._degree)
         for matrix in self._owned_matrices():
             weight = matrix.parameter.detach().to(mesh.device, torch.float32, copy=True)
             self.state[matrix.parameter] = {WEIGHT: weight, MOMENTUM: torch.zeros_like(weight)}
@@ -104,11 +108,12 @@ class ShardedMuon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # noqa: ARG002 - torch's signature
-        """Clip and update. Where the norm is not finite nothing is updated: the engine tells."""
+        """Clip and update. Where the norm does not pass nothing is updated: the engine tells."""
         self._global_grad_norm = global_norm(
             ((name, self._gradient(parameter)) for name, parameter in self._named.items()), self._shards, self._mesh
         )
-        if math.isfinite(self._global_grad_norm):
+        self.overflow = not self.passes(self._global_grad_norm)
+        if not self.overflow:
             self._clip()
             self._update_matrices()
             self._update_rest()
@@ -221,12 +226,3 @@ class ShardedMuon(torch.optim.Optimizer):
         """Tensor, and data x sequence; None is the world."""
         groups = self._mesh.groups
         return (groups.tensor, groups.zero) if groups is not None else (None, None)
-
-
-def _share_out(matrices: list[HiddenMatrix], degree: int) -> dict[str, int]:
-    """Name -> owner: the largest matrix first, each to the process that has least."""
-    owners, load = {}, [0] * degree
-    for matrix in sorted(matrices, key=lambda matrix: -math.prod(matrix.shard.shape)):
-        owners[matrix.name] = load.index(min(load))
-        load[owners[matrix.name]] += math.prod(matrix.shard.shape)
-    return owners

@@ -88,6 +88,20 @@ class Shard:
         return torch.cat(parts, dim)
 
 
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A contiguous part of a flattened logical tensor, or of a shard of it: where it lies, without its values."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Shape of the whole logical tensor."""
+    start: int
+    """First element of the part in the flattened tensor, or in the flattened shard."""
+    numel: int
+    shard: Shard | None = None
+    """What is held of a tensor that is cut over a tensor group."""
+
+
 def column(shape: tuple[int, ...], sub_sizes: tuple[int, ...], degree: int, rank: int) -> Shard:
     """Outputs are cut: of a weight (out, in) or a bias (out)."""
     return Shard(Layout("column", 0, sub_sizes), shape, degree, rank, shape[0] // degree)

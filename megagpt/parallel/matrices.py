@@ -6,6 +6,7 @@ on a matrix as such, as Muon's orthogonalisation does, must neither see two as o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -66,6 +67,15 @@ def hidden_matrices(model: Decoder) -> list[HiddenMatrix]:
         for name, parameter in model.named_parameters()
         if name.startswith("blocks.") and parameter.dim() == 2
     ]
+
+
+def share_out(matrices: list[HiddenMatrix], degree: int) -> dict[str, int]:
+    """Name -> which of `degree` processes updates it: the largest matrix first, each to the one that has least."""
+    owners, load = {}, [0] * degree
+    for matrix in sorted(matrices, key=lambda matrix: -math.prod(matrix.shard.shape)):
+        owners[matrix.name] = load.index(min(load))
+        load[owners[matrix.name]] += math.prod(matrix.shard.shape)
+    return owners
 
 
 def _uncut(model: Decoder, name: str, parameter: nn.Parameter) -> Shard:

@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from megagpt.config.schema import TrainingRun
-from megagpt.model.memory import MemoryEstimate, MemoryLayout, ZeroBuffers, memory_bytes
+from megagpt.model.flops import muon_state_bytes, parameter_count
+from megagpt.model.memory import MemoryEstimate, MemoryLayout, ZeroBuffers, held_parameters, memory_bytes
 from megagpt.parallel.plan import BatchPlan
 from megagpt.parallel.stages import held_parts, n_parts, plan_stages
 
@@ -92,6 +93,28 @@ def worst_stage(config: TrainingRun, plan: BatchPlan, *, fused: bool = True) -> 
     """The stage that needs most, and what it needs."""
     estimates = stage_memory(config, plan, fused=fused)
     return max(enumerate(estimates), key=lambda found: found[1].total_bytes)
+
+
+def checkpoint_bytes(config: TrainingRun, plan: BatchPlan) -> tuple[int, int]:
+    """The size of a checkpoint, and of the part of it that the process writes which writes most.
+
+    fp32 weights and the optimizer's state: 12 bytes a parameter under AdamW. ZeRO shares them out; without it one
+    process of a data axis writes all. An asynchronous save holds a copy of the part in host memory.
+    """
+    n_parameters = parameter_count(config.model)
+    whole = muon_state_bytes(config.model) if config.optim.name == "muon" else 12 * n_parameters
+    stages = plan_stages(config) if config.parallel.pipeline > 1 else ()
+    everything = range(config.model.n_layer + 3)
+    largest = max(
+        held_parameters(
+            config.model,
+            [layer for part in held_parts(config.parallel, stage) for layer in stages[part]] if stages else everything,
+            config.parallel.tensor,
+        )
+        for stage in range(config.parallel.pipeline)
+    )
+    shared_by = plan.data_parallel * config.parallel.sequence if config.parallel.zero_stage else 1
+    return whole, whole * largest // (n_parameters * shared_by)
 
 
 def recompute_memory(config: TrainingRun, plan: BatchPlan) -> dict[str, MemoryEstimate]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -52,6 +52,8 @@ class Mesh:
     """Processes that share the layers."""
     groups: Groups | None = None
     """None where tensor, sequence and pipeline are all 1: then the only group is the world."""
+    control: ProcessGroup | None = None
+    """Over which `gather` and what is built on it go: all processes; None is the default group."""
 
     @property
     def data_parallel(self) -> int:
@@ -117,12 +119,21 @@ class Mesh:
             torch.distributed.all_reduce(tensor, group=group)
         return [float(value) for value in tensor.tolist()]
 
+    def gather_numbers(self, *values: float) -> list[list[float]]:
+        """Every process's values, in rank order, on every process; much cheaper than `gather`."""
+        own = torch.tensor(values, dtype=torch.float64, device=self.device)
+        gathered = [own]
+        if self.world_size > 1:
+            gathered = [torch.empty_like(own) for _ in range(self.world_size)]
+            torch.distributed.all_gather(gathered, own)
+        return [[float(value) for value in row.tolist()] for row in gathered]
+
     def gather(self, value: T) -> list[T]:
         """Every process's value, in rank order, on every process."""
         if self.world_size == 1:
             return [value]
         gathered: list[Any] = [None] * self.world_size
-        torch.distributed.all_gather_object(gathered, value)
+        torch.distributed.all_gather_object(gathered, value, group=self.control)
         return gathered
 
     def together(self, work: Callable[[], T]) -> T:
@@ -151,7 +162,7 @@ class Mesh:
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.world_size > 1:
-            torch.distributed.barrier()
+            torch.distributed.barrier(group=self.control)
 
 
 def make_mesh(rank: int, world_size: int, local_rank: int, device: torch.device, parallel: ParallelSection) -> Mesh:
@@ -175,6 +186,14 @@ def make_mesh(rank: int, world_size: int, local_rank: int, device: torch.device,
             ends=_group_along(grid[:: len(grid) - 1], "pipeline") if parallel.pipeline > 1 else None,
         )
     return Mesh(rank, world_size, local_rank, device, parallel.tensor, parallel.sequence, parallel.pipeline, groups)
+
+
+def place_of(rank: int, world_size: int, parallel: ParallelSection) -> Mesh:
+    """The place of a process that does not run: what it would hold can be asked, but nothing can be sent."""
+    nobody = cast("ProcessGroup", None)
+    groups = Groups(tensor=nobody, sequence=nobody, zero=nobody, pipeline=nobody, ends=None)
+    degrees = (parallel.tensor, parallel.sequence, parallel.pipeline)
+    return Mesh(rank, world_size, rank, torch.device("cpu"), *degrees, groups)
 
 
 def rank_grid(world_size: int, parallel: ParallelSection) -> Grid:

@@ -19,7 +19,7 @@ from types import FrameType
 import psutil
 
 from megagpt.checkpoint.store import CheckpointStore
-from megagpt.errors import MegaGPTError, RunBusy, TrainingDiverged
+from megagpt.errors import MegaGPTError, RunBusy, SaveFailed, TrainingDiverged, TrainingHung
 from megagpt.train.events import log_event
 
 STOPPED = 128 + signal.SIGTERM
@@ -30,6 +30,8 @@ FINAL_CODES = (MegaGPTError.exit_code, TrainingDiverged.exit_code)
 _CAUSES = {
     1: "a process ended with an error of the program; its traceback stands above",
     RunBusy.exit_code: "another process trains in the run's folder",
+    TrainingHung.exit_code: "a rank hung or was lost",
+    SaveFailed.exit_code: "the last save failed",
 }
 _ASK_AGAIN_SECONDS = 0.2
 

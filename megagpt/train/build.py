@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import torch
-
 from megagpt.config.schema import GPT2Model, TrainingRun
 from megagpt.engine.engine import TORCH_DTYPES, Engine
 from megagpt.engine.pipeline import PipelinedEngine
 from megagpt.engine.sharded import hollow
 from megagpt.model.attention import ChosenAttention, Sizes, choose_attention
-from megagpt.model.build import build_model
 from megagpt.model.compile import compile_blocks
 from megagpt.model.decoder import Decoder, use_attention
 from megagpt.model.init import init_weights
 from megagpt.model.recompute import apply_recompute
-from megagpt.parallel.apply_tensor import apply_tensor_parallel
 from megagpt.parallel.mesh import Mesh
 from megagpt.parallel.plan import BatchPlan
-from megagpt.parallel.sequence import apply_sequence_parallel
-from megagpt.parallel.stages import own_layers
+from megagpt.parallel.share import meta_share
 from megagpt.train.optim import parameter_groups
 
 
@@ -52,12 +47,7 @@ def build_share(config: TrainingRun, mesh: Mesh) -> Decoder:
     It is cut while it is on the meta device, so that no process ever holds a weight that it does not need. Under ZeRO-3
     that is nearly all of them: the engine makes the weights, and keeps its parts.
     """
-    with torch.device("meta"):
-        model = build_model(config.model)
-        apply_tensor_parallel(model, mesh, sequence=config.parallel.tensor_sequence)
-        apply_sequence_parallel(model, mesh)
-        if mesh.pipeline > 1:
-            model.keep_layers(own_layers(config, mesh.pipeline_rank))
+    model = meta_share(config, mesh)
     if config.parallel.zero_stage == 3:
         return hollow(model)
     model = model.to_empty(device="cpu")

@@ -24,8 +24,8 @@ Train a model. Several YAML files add up; KEY=VALUE overrides (a key's path and 
 The same command goes on from the newest checkpoint (checkpoint.resume: auto | never | must).
 --check resolves the configuration, prints the plan and exits; it needs no accelerator.
 `megagpt config docs` lists every key. Exit codes: 0 done or stopped by a signal after saving, 2 wrong input,
-3 training diverged, 5 another process trains in the run's folder. `megagpt train --restarts N` starts again after
-other failures.
+3 training diverged or replicas differ, 4 a rank hung or was lost, 5 another process trains in the run's folder,
+6 the last save failed. `megagpt train --restarts N` starts again after other failures.
 """
 
 

@@ -11,7 +11,7 @@ from megagpt.config.schema import TrainingRun
 from megagpt.data.mixture import open_mixture
 from megagpt.model import flops
 from megagpt.model.memory import MemoryEstimate
-from megagpt.parallel.memory import recompute_memory, worst_stage
+from megagpt.parallel.memory import checkpoint_bytes, recompute_memory, worst_stage
 from megagpt.parallel.plan import BatchPlan, plan_batches
 from megagpt.parallel.stages import held_parts, plan_stages
 from megagpt.train.compatible import check_tokens
@@ -61,6 +61,7 @@ def describe_plan(config: TrainingRun, plan: BatchPlan) -> dict[str, Any]:
     if config.optim.name == "muon":
         memory = _with_muon(config, plan, memory)
     samples = config.train.max_steps * plan.global_batch_size
+    checkpoint, largest_part = checkpoint_bytes(config, plan)
     return {
         "parameters": flops.parameter_count(config.model),
         "flops_per_token": flops.flops_per_token(config.model, seq_len),
@@ -79,6 +80,8 @@ def describe_plan(config: TrainingRun, plan: BatchPlan) -> dict[str, Any]:
             words: {"total_bytes": found.total_bytes, "host_bytes": found.host_bytes}
             for words, found in recompute_memory(config, plan).items()
         },
+        "checkpoint_bytes": checkpoint,
+        "checkpoint_host_bytes": largest_part if config.checkpoint.asynchronous else 0,
         "data": [
             asdict(share) | {"prefix": str(share.prefix)}
             for share in open_mixture(config.data.train, seq_len, config.run.seed).describe(samples)
@@ -101,6 +104,8 @@ def plan_as_text(described: dict[str, Any]) -> str:
             for number, stage in enumerate(d["stages"] or ())
         ),
         *_memory_lines(d),
+        f"checkpoint {_mib(d['checkpoint_bytes'])} MiB on disk, and {_mib(d['checkpoint_host_bytes'])} MiB "
+        "of host memory of the process that writes most",
     ]
     return "\n".join([*lines, *(f"data       {line}" for line in _data_lines(d["data"]))])
 

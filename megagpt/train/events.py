@@ -4,7 +4,8 @@ Every row has `time` (UTC), `event` and `step`:
 
     started, resumed    world_size, changed (key -> [before, now]), start_seconds (from the process's start to here),
                         and, where a process was there before: down_seconds, repeated_steps, repeated_seconds
-    saved               seconds that training waited
+    saved               seconds that training waited, written_in_seconds until it was durable
+    save_failed         cause, in_a_row
     failed              exit_code and cause, by `megagpt train --restarts`
     stopped, finished
 """

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 import xxhash
 
 from megagpt.config.schema import TrainingRun
 from megagpt.engine.engine import Engine, StepOutcome
+from megagpt.errors import TrainingDiverged
 from megagpt.parallel.mesh import Mesh
 from megagpt.train.batches import TrainBatches, ValidationBatches
 from megagpt.train.metrics import Metrics
+from megagpt.train.pace import Pace
+from megagpt.train.policy import Event, Policy, Step
 from megagpt.train.progress import ProgressLine
 from megagpt.train.schedule import Schedule
+from megagpt.train.skips import Ranges, batch_of, merged, passed, resumed
 from megagpt.train.state import TrainState
+from megagpt.train.watch import Watch
 
 
 class StopFlag(Protocol):
@@ -26,6 +33,19 @@ class StopFlag(Protocol):
     @property
     def requested(self) -> bool:
         """Whether a signal has come."""
+
+
+class Saving(Protocol):
+    """When checkpoints are due, and how one is made."""
+
+    def is_due(self, step: int) -> bool:
+        """Whether to save after this step. Every process asks."""
+
+    def settle(self) -> None:
+        """Wait for a save under way."""
+
+    def save(self, state: Mapping[str, Any], *, last: bool = False) -> None:
+        """Save; the last time, return when it is durable."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,38 +59,130 @@ class Collaborators:
     metrics: Metrics
     progress: ProgressLine
     stop: StopFlag
-    save: Callable[[TrainState], None]
+    saver: Saving
+    restore: Callable[[], TrainState | None]
+    """Put the engine back to the newest checkpoint; None where there is none."""
+    watch: Watch
+    event: Event
     mfu_per_token_rate: float | None
     """MFU for each token a second, where the peak is known."""
+
+
+@dataclass
+class _Progress:
+    """What the loop changes as it goes."""
+
+    state: TrainState
+    skipped: Ranges
+    """Batches that are passed over: those of the history and of the configuration."""
+    rollbacks: Counter[int] = field(default_factory=Counter)
+    """Checkpoint -> times that the run went back to it."""
 
 
 def train(config: TrainingRun, state: TrainState, use: Collaborators) -> TrainState:
     """Run from `state` to `config.train.max_steps` optimizer steps, or until a signal.
 
     Raises:
-        TrainingDiverged: loss or gradient norm is not finite on any rank; the last checkpoint stands.
+        TrainingDiverged: loss or gradient norm is not finite on any rank, replicas differ, or spikes do not end; the
+            last checkpoint stands.
     """
-    if state.step == 0:
-        _evaluate(config, state, use)
-    saved_at = state.step
-    while state.step < config.train.max_steps:
-        started_at = time.perf_counter()
-        seed_random_numbers(config.run.seed, state.step, use.engine.mesh)
-        lr = use.schedule(state.step)
-        outcome = use.engine.train_step(use.batches.step(state.step), lr, stop=use.stop.requested)
-        state = state.after_step(use.engine.plan.tokens_per_step, skipped=outcome.skipped)
-        _record(state, outcome, lr, time.perf_counter() - started_at, use)
+    at = _Progress(state, resumed(state.step, state.skipped_batches, config.train.skip_batches))
+    try:
+        return _train(config, at, use)
+    except TrainingDiverged as error:
+        use.event("diverged", at.state.step, reason=str(error), **error.details)
+        raise
+
+
+def _train(config: TrainingRun, at: _Progress, use: Collaborators) -> TrainState:
+    policy = Policy(config.watch, use.engine, use.event, use.progress.say)
+    pace = Pace(use.engine.mesh, config.watch.slow_every)
+    if at.state.step == 0:
+        _evaluate(config, at.state, use)
+    while at.state.step < config.train.max_steps:
+        outcome = _step(config, at, policy, pace, use)
+        if policy.wants_rollback and _roll_back(at, policy, use):
+            continue
+        state = at.state
         if state.step == config.train.max_steps or _due(state.step, config.eval.every):
             _evaluate(config, state, use)
-        if outcome.stop_requested or _due(state.step, config.checkpoint.save_every):
-            _save(state, use)
-            saved_at = state.step
+        is_last = outcome.stop_requested or state.step == config.train.max_steps
+        if is_last or use.saver.is_due(state.step):
+            _save(at, use, last=is_last)
+        elif _due(state.step, config.watch.replicas_every):
+            use.engine.check_replicas()
         if outcome.stop_requested:
             use.progress.say(f"asked to stop: saved at step {state.step}; the same command goes on from there")
             return state
-    if saved_at != state.step:
-        _save(state, use)
-    return state
+    return at.state
+
+
+def _step(config: TrainingRun, at: _Progress, policy: Policy, pace: Pace, use: Collaborators) -> StepOutcome:
+    """One optimizer step, whatever comes of it."""
+    step, engine = at.state.step, use.engine
+    use.watch.enter("step", step + 1, "reading data")
+    started_at = time.perf_counter()
+    batch = batch_of(step, at.skipped)
+    _tell_passed(step, at.skipped, use)
+    micro_batches = use.batches.step(batch)
+    data_seconds = time.perf_counter() - started_at
+    use.watch.enter("step", step + 1, "computing")
+
+    def reseed() -> None:
+        seed_random_numbers(config.run.seed, step, engine.mesh)
+
+    reseed()
+    lr = use.schedule(step)
+    policy.begin(at.state.recent)
+    outcome = engine.train_step(
+        micro_batches, lr, stop=use.stop.requested, judge=policy.judge, together=policy.together
+    )
+    state = at.state.after_step(engine.plan.tokens_per_step, skipped=outcome.skipped)
+    at.state = policy.end(state, outcome, Step(state.step, batch, micro_batches, lr, reseed))
+    seconds = time.perf_counter() - started_at
+    _record(at.state, outcome, lr, seconds, use)
+    for slow in pace.note(data_seconds, engine.forward_seconds, seconds):
+        use.event("slow_rank", state.step, **asdict(slow))
+        use.progress.say(
+            f"step {state.step}: rank {slow.rank} is {slow.times:.2f} times as slow as the others at {slow.part} "
+            f"({slow.seconds * 1000:.3g} ms a step)"
+        )
+    return outcome
+
+
+def _roll_back(at: _Progress, policy: Policy, use: Collaborators) -> bool:
+    """Go back to the last checkpoint and pass over the batches from there to the spike; False where there is none.
+
+    Source: Chowdhery et al. 2022 (PaLM), section 5.1: a checkpoint before the spike, and batches around it skipped.
+    """
+    spike = at.state.step
+    use.watch.enter("save", spike, "going back to the last checkpoint")
+    use.saver.settle()
+    restored = use.restore()
+    if restored is None:
+        use.progress.say(f"step {spike}: no checkpoint to go back to yet")
+        return False
+    at.rollbacks[restored.step] += 1
+    policy.check_rollbacks(at.rollbacks[restored.step], restored.step)
+    batches = (batch_of(restored.step, at.skipped), batch_of(spike - 1, at.skipped) + 1)
+    at.skipped = merged(at.skipped, [batches])
+    at.state = replace(restored, skipped_batches=merged(restored.skipped_batches, [batches]))
+    use.metrics.rewind(restored.step)
+    use.event("rollback", spike, to_step=restored.step, skipped_batches=list(batches))
+    use.progress.say(
+        f"step {spike}: back to step {restored.step}; batches {batches[0]} to {batches[1] - 1} are passed over"
+    )
+    return True
+
+
+def _tell_passed(step: int, skipped: Ranges, use: Collaborators) -> None:
+    """The run comes to batches that it passes over."""
+    if not skipped:
+        return
+    known = passed(step, skipped)
+    for first, end in passed(step + 1, skipped)[len(known) :]:
+        use.event("skipped_batches", step, batches=[first, end])
+        use.progress.say(f"step {step}: batches {first} to {end - 1} are passed over")
 
 
 def seed_random_numbers(seed: int, step: int, mesh: Mesh) -> None:
@@ -82,14 +194,19 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _save(state: TrainState, use: Collaborators) -> None:
+def _save(at: _Progress, use: Collaborators, *, last: bool) -> None:
+    use.watch.enter("save", at.state.step, "comparing replicas")
     use.engine.check_replicas()
-    use.save(replace(state, engine=use.engine.engine_state()))
+    use.watch.enter("save", at.state.step, "writing")
+    skipped = merged(at.state.skipped_batches, passed(at.state.step, at.skipped))
+    state = replace(at.state, engine=use.engine.engine_state(), skipped_batches=skipped)
+    use.saver.save(state.to_dict(), last=last)
 
 
 def _evaluate(config: TrainingRun, state: TrainState, use: Collaborators) -> None:
     if use.validation is None or not config.eval.every:
         return
+    use.watch.enter("eval", state.step)
     started_at = time.perf_counter()
     loss, tokens = use.engine.eval_loss(use.validation)
     seconds = time.perf_counter() - started_at
@@ -101,8 +218,8 @@ def _record(state: TrainState, outcome: StepOutcome, lr: float, seconds: float, 
     tokens_per_second = use.engine.plan.tokens_per_step / seconds
     row: dict[str, float | int | bool | None] = {
         "step": state.step,
-        "loss": outcome.loss,
-        "grad_norm": None if outcome.skipped else outcome.grad_norm,
+        "loss": _finite(outcome.loss),
+        "grad_norm": _finite(outcome.grad_norm),
         "lr": lr,
         "tokens": state.tokens,
         "tokens_per_second": tokens_per_second,
@@ -112,5 +229,12 @@ def _record(state: TrainState, outcome: StepOutcome, lr: float, seconds: float, 
         row["mfu"] = tokens_per_second * use.mfu_per_token_rate
     if outcome.loss_scale is not None:
         row |= {"loss_scale": outcome.loss_scale, "skipped": outcome.skipped}
+    elif outcome.skipped:
+        row["skipped"] = True
     use.metrics.write(row)
     use.progress.step(state.step, outcome.loss, tokens_per_second)
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no word for what is not finite."""
+    return value if math.isfinite(value) else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,9 @@ class Sink(Protocol):
 
     def write(self, row: Row) -> None:
         """One row; it has a `step`."""
+
+    def rewind(self, step: int) -> None:
+        """The run goes back: rows after this step will come again."""
 
     def close(self) -> None:
         """Nothing more will come."""
@@ -64,6 +68,12 @@ class JsonlSink:
         if written != len(line):
             raise MegaGPTError(f"{self._path}: step {row['step']} cannot be written whole: the disk is full")
 
+    def rewind(self, step: int) -> None:
+        """Cut the rows after the step off."""
+        self._file.close()
+        _keep_rows(self._path, step)
+        self._file = self._path.open("ab", buffering=0)
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
@@ -95,13 +105,19 @@ class TensorBoardSink:
     def __init__(self, folder: Path, resume_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1)
+        self._open = partial(SummaryWriter, str(folder))
+        self._writer = self._open(purge_step=resume_step + 1)
 
     def write(self, row: Row) -> None:
         """One scalar a value."""
         for name, value in row.items():
             if name != "step" and value is not None:
                 self._writer.add_scalar(name, value, _step(row))
+
+    def rewind(self, step: int) -> None:
+        """Hide the rows after the step."""
+        self._writer.close()
+        self._writer = self._open(purge_step=step + 1)
 
     def close(self) -> None:
         """Flush and close."""
@@ -124,6 +140,9 @@ class WandbSink:
         """One log call."""
         self._run.log({name: value for name, value in row.items() if name != "step"}, step=_step(row))
 
+    def rewind(self, step: int) -> None:
+        """Nothing: Weights & Biases keeps what it has, and takes no rows of steps before its last."""
+
     def close(self) -> None:
         """Finish the run."""
         self._run.finish()
@@ -139,6 +158,11 @@ class Metrics:
         """Give the row to every sink."""
         for sink in self._sinks:
             sink.write(row)
+
+    def rewind(self, step: int) -> None:
+        """Rows after this step will come again."""
+        for sink in self._sinks:
+            sink.rewind(step)
 
     def close(self) -> None:
         """Close every sink."""

@@ -1,4 +1,4 @@
-"""Which parameters decay."""
+"""The groups of parameters that an optimizer is given."""
 
 from __future__ import annotations
 
@@ -6,20 +6,14 @@ from typing import Any
 
 from torch import nn
 
-_NO_DECAY = ("positions.weight",)
-"""Learned positions, though a matrix, are offsets like biases."""
+from megagpt.model.decay import decays
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two AdamW groups: matrices decay; norms, biases and learned positions do not.
-
-    Source: Brown et al. 2020, appendix B, as nanoGPT and Megatron-LM apply it (dimension 2 and above decays).
-    """
+    """Two AdamW groups: the parameters that decay, then the others."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    decayed = [p for name, p in named if p.dim() >= 2 and not name.endswith(_NO_DECAY)]
-    others = [p for name, p in named if p.dim() < 2 or name.endswith(_NO_DECAY)]
     groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": [p for name, p in named if decays(name, p)], "weight_decay": weight_decay},
+        {"params": [p for name, p in named if not decays(name, p)], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]

@@ -7,8 +7,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,8 +18,10 @@ import torch
 from rich.console import Console
 
 from megagpt.atomic import write_file
+from megagpt.checkpoint.choose import choose_step
 from megagpt.checkpoint.open import CHECKPOINTS, rank_files
-from megagpt.checkpoint.save import Identity, prune_checkpoints, save_checkpoint, verify_together
+from megagpt.checkpoint.save import Identity, verify_together
+from megagpt.checkpoint.saver import Saver
 from megagpt.checkpoint.store import CheckpointStore, Manifest
 from megagpt.checkpoint.tensors import SliceReader
 from megagpt.config.load import dump_config
@@ -32,6 +36,7 @@ from megagpt.parallel.mesh import Mesh
 from megagpt.parallel.plan import BatchPlan, plan_batches
 from megagpt.tokenizer import Tokenizer
 from megagpt.train.batches import TrainBatches, ValidationBatches
+from megagpt.train.beats import Member
 from megagpt.train.build import attention_of, build_engine
 from megagpt.train.command import USAGE, Launch, parse_arguments
 from megagpt.train.compatible import changed_values, check_resumable, check_tokens
@@ -42,9 +47,10 @@ from megagpt.train.loop import Collaborators, train
 from megagpt.train.metrics import CutOff, JsonlSink, Metrics, Sink, TensorBoardSink, WandbSink
 from megagpt.train.progress import ProgressLine
 from megagpt.train.schedule import lr_schedule
-from megagpt.train.start import start_mesh
+from megagpt.train.start import COLLECTIVE_TIMEOUT, process_store, start_mesh
 from megagpt.train.state import TrainState
 from megagpt.train.stop import StopRequest
+from megagpt.train.watch import Watch, collective_timeout
 
 INTERRUPTED = 128 + signal.SIGINT
 """Exit code of Ctrl-C before there is anything to save, as a shell tells it."""
@@ -94,22 +100,29 @@ def exit_process(code: int) -> NoReturn:
 
 def run_training(config: TrainingRun, plan: BatchPlan, launch: Launch, console: Console) -> None:
     """Train one run to its end: data, mesh, model, engine, state, loop."""
-    mixture = open_mixture(config.data.train, plan.seq_len, config.run.seed)
-    tokenizer = check_tokens(config, mixture)
-    mesh = start_mesh(launch, config.parallel)
     busy = RunBusy(f"{config.run.dir}: another process trains here; wait for it to end, or set another run.dir")
-    with ExitStack() as held:
+    with Watch(config.watch, config.run.dir, launch.rank) as watch, ExitStack() as held:
+        mixture = open_mixture(config.data.train, plan.seq_len, config.run.seed)
+        tokenizer = check_tokens(config, mixture)
+        mesh = start_mesh(launch, config.parallel, collective_timeout(config.watch, COLLECTIVE_TIMEOUT))
+        watch.join(process_store(), mesh.gather(Member.of_this_process(mesh.rank)))
         mesh.on_main(lambda: held.enter_context(locked_folder(config.run.dir, busy)))
-        _train_in_folder(config, plan, mesh, mixture, tokenizer, console)
+        _train_in_folder(config, plan, mesh, mixture, tokenizer, console, watch)
     torch.distributed.destroy_process_group()
 
 
 def _train_in_folder(
-    config: TrainingRun, plan: BatchPlan, mesh: Mesh, mixture: Mixture, tokenizer: Tokenizer | None, console: Console
+    config: TrainingRun,
+    plan: BatchPlan,
+    mesh: Mesh,
+    mixture: Mixture,
+    tokenizer: Tokenizer | None,
+    console: Console,
+    watch: Watch,
 ) -> None:
     validation = _open_validation(config, plan, mesh)
     store = CheckpointStore(config.run.dir / CHECKPOINTS)
-    newest = _newest_checkpoint(store, config, mixture, mesh)
+    newest = _newest_checkpoint(store, config, mixture, mesh, console)
     if newest is not None and newest.step >= config.train.max_steps:
         console.print(f"{config.run.dir}: complete at step {newest.step}; nothing to do", highlight=False, markup=False)
         return
@@ -122,7 +135,7 @@ def _train_in_folder(
     told = {"world_size": plan.world_size} | ({"changed": changes} if changes else {})
     mesh.on_main(lambda: log_start(config.run.dir, state.step, cut_off, **told))
     progress = ProgressLine(console, config.train.max_steps, state.step, shown=mesh.is_main and config.log.progress)
-    with progress, closing(metrics):
+    with progress, closing(metrics), _saver(config, engine, store, identity, progress) as saver:
         progress.say(_greeting(config, state, engine))
         for key, (before, now) in changes.items():
             progress.say(f"changed since the checkpoint: {key} from {before!r} to {now!r}")
@@ -137,7 +150,10 @@ def _train_in_folder(
                 metrics=metrics,
                 progress=progress,
                 stop=StopRequest(),
-                save=_saver(config, engine, store, identity),
+                saver=saver,
+                restore=lambda: _restore_newest(engine, store),
+                watch=watch,
+                event=partial(log_event, config.run.dir) if mesh.is_main else _no_event,
                 mfu_per_token_rate=_mfu_per_token_rate(config, plan, mesh),
             ),
         )
@@ -145,20 +161,17 @@ def _train_in_folder(
     mesh.on_main(lambda: log_event(config.run.dir, event, final.step))
 
 
-def _newest_checkpoint(store: CheckpointStore, config: TrainingRun, mixture: Mixture, mesh: Mesh) -> Manifest | None:
+def _newest_checkpoint(
+    store: CheckpointStore, config: TrainingRun, mixture: Mixture, mesh: Mesh, console: Console
+) -> Manifest | None:
     """The checkpoint to go on from, verified; None to start at step 0."""
-    steps = mesh.gather(mesh.together(store.steps))[0]  # a shared folder may look older from another host
-    rule = config.checkpoint.resume
-    if rule == "never" and steps:
-        raise CheckpointError(
-            f"checkpoint.resume is 'never' but {store.folder} holds step {steps[-1]}; "
-            "choose another run.dir, or remove the folder"
-        )
-    if rule == "must" and not steps:
-        raise CheckpointError(f"checkpoint.resume is 'must' but {store.folder} holds no complete checkpoint")
-    if not steps:
+    found = mesh.gather(mesh.together(store.survey))[0]  # a shared folder may look older from another host
+    step = choose_step(store.folder, found, config.checkpoint.resume)
+    for name, why in found.rejected.items():
+        console.print(f"{store.folder / name}: not taken: it {why}", highlight=False, markup=False, soft_wrap=True)
+    if step is None:
         return None
-    manifest = _verified(store, steps, config, mesh)
+    manifest = _verified(store, found.steps, config, mesh)
     check_resumable(config, manifest, mixture.fingerprint, store.step_dir(manifest.step))
     return manifest
 
@@ -184,6 +197,19 @@ def _restore(engine: Engine, store: CheckpointStore, newest: Manifest | None) ->
     with SliceReader(rank_files(store.step_dir(newest.step), newest)) as reader:
         engine.restore(reader, state.engine)
     return state
+
+
+def _restore_newest(engine: Engine, store: CheckpointStore) -> TrainState | None:
+    """Put a running engine back to its newest checkpoint, verified again; None where there is none."""
+    steps = engine.mesh.gather(engine.mesh.together(store.steps))[0]
+    if not steps:
+        return None
+    manifest = verify_together(store.step_dir(steps[-1]), engine.mesh)
+    return engine.mesh.together(lambda: _restore(engine, store, manifest))
+
+
+def _no_event(name: str, step: int, **details: Any) -> None:
+    """The main process writes the run's history."""
 
 
 def _identity(config: TrainingRun, mixture: Mixture, tokenizer: Tokenizer | None, mesh: Mesh) -> Identity:
@@ -248,16 +274,32 @@ def _open_validation(config: TrainingRun, plan: BatchPlan, mesh: Mesh) -> Valida
 
 
 def _saver(
-    config: TrainingRun, engine: Engine, store: CheckpointStore, identity: Identity
-) -> Callable[[TrainState], None]:
-    def save(state: TrainState) -> None:
-        started_at = time.perf_counter()
-        save_checkpoint(store, engine.mesh, engine.owned_slices(), state.to_dict(), identity)
-        seconds = round(time.perf_counter() - started_at, 3)
-        engine.mesh.on_main(lambda: log_event(config.run.dir, "saved", state.step, seconds=seconds))
-        prune_checkpoints(store, engine.mesh, config.checkpoint.keep_last, config.checkpoint.keep_every)
+    config: TrainingRun, engine: Engine, store: CheckpointStore, identity: Identity, progress: ProgressLine
+) -> Saver:
+    story = _Story(config.run.dir, progress, is_main=engine.mesh.is_main)
+    return Saver(store, engine.mesh, config.checkpoint, identity, engine.owned_slices, story, COLLECTIVE_TIMEOUT)
 
-    return save
+
+@dataclass(frozen=True, slots=True)
+class _Story:
+    """Terminal and history of the run, for the saver."""
+
+    run_dir: Path
+    progress: ProgressLine
+    is_main: bool
+
+    def say(self, message: str) -> None:
+        """A line on the terminal of the main process."""
+        self.progress.say(message)
+
+    def event(self, name: str, step: int, **details: Any) -> None:
+        """A line of events.jsonl; a disk that is too full for it ends no run."""
+        if not self.is_main:
+            return
+        try:
+            log_event(self.run_dir, name, step, **details)
+        except OSError as error:
+            self.progress.say(f"warning: {self.run_dir / 'events.jsonl'}: {name} not written: {error.strerror}")
 
 
 def _mfu_per_token_rate(config: TrainingRun, plan: BatchPlan, mesh: Mesh) -> float | None:

@@ -62,7 +62,7 @@ def _run(config: TrainingRun, mesh: Mesh, files: Files, name: str) -> Seen:
     seen = Seen(mesh.data_parallel_rank)
     state = TrainState()
     store = CheckpointStore(files.checkpoints(name))
-    _save(engine, store, state)
+    _save(engine, store, state, config)
     for step in range(config.train.max_steps):
         micro_batches = batches.step(step)
         seen.samples.append([_fingerprints(batch) for batch in micro_batches])
@@ -71,7 +71,7 @@ def _run(config: TrainingRun, mesh: Mesh, files: Files, name: str) -> Seen:
         seen.grad_norms.append(outcome.grad_norm)
         state = state.after_step(plan.tokens_per_step, skipped=outcome.skipped)
         if step == 0:
-            _save(engine, store, state)
+            _save(engine, store, state, config)
         if mesh.is_main:
             files.say(f"{name}: step {step + 1} of {config.train.max_steps}")
     return seen
@@ -81,8 +81,9 @@ def _fingerprints(batch: TokenBatch) -> list[str]:
     return [fingerprint(row) for row in batch.inputs.numpy()]
 
 
-def _save(engine: Engine, store: CheckpointStore, state: TrainState) -> None:
-    identity = Identity(config={}, data_fingerprint=None, tokenizer=None, tokenizer_files=(), versions={})
+def _save(engine: Engine, store: CheckpointStore, state: TrainState, config: TrainingRun) -> None:
+    plain = config.model_dump(mode="json")
+    identity = Identity(config=plain, data_fingerprint=None, tokenizer=None, tokenizer_files=(), versions={})
     save_checkpoint(store, engine.mesh, engine.owned_slices(), state.to_dict(), identity)
 
 

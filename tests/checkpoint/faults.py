@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
-CALLS = ("mkdir", "fsync", "replace", "rename", "unlink", "rmdir")
+from tests.checkpoint.calls import standing_in
 
 
 class Killed(BaseException):
@@ -18,76 +18,55 @@ class Killed(BaseException):
 
 
 class FileSystem:
-    """Counts the calls that change something; from the k-th on they fail (`once`: only the k-th)."""
+    """Counts the calls that change something; from the k-th on they fail (`once`: only the k-th).
+
+    A write that fails has written half.
+    """
 
     def __init__(self, k: int, failure: Callable[[], BaseException], *, once: bool) -> None:
         self.calls = 0
         self._k, self._failure, self._once = k, failure, once
+        self._lock = threading.Lock()
 
-    @property
-    def failed(self) -> bool:
-        return self.calls >= self._k
-
-    def check(self) -> None:
-        self.calls += 1
-        if self.calls == self._k or (self.calls > self._k and not self._once):
-            raise self._failure()
-
-    def wrap(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def checked(*args: Any, **kwargs: Any) -> Any:
-            self.check()
-            return call(*args, **kwargs)
-
-        return checked
+    def handle(self, name: str, call: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with self._lock:
+            self.calls += 1
+            fails = self.calls == self._k or (self.calls > self._k and not self._once)
+        if not fails:
+            return call()
+        if name == "write":
+            _write(args[0], bytes(args[1])[: len(args[1]) // 2])
+        raise self._failure()
 
 
-class _File:
-    """A file being written; a write that fails has written half."""
-
-    def __init__(self, file: Any, system: FileSystem) -> None:
-        self._file, self._system = file, system
-
-    def write(self, content: Any) -> int:
-        try:
-            self._system.check()
-        except BaseException:
-            self._file.write(bytes(content)[: len(content) // 2])
-            raise
-        return self._file.write(content)
-
-    def __enter__(self) -> _File:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
+_write = os.write
 
 
 @contextmanager
 def failing_at(k: int, failure: Callable[[], BaseException], *, once: bool = False) -> Iterator[FileSystem]:
     system = FileSystem(k, failure, once=once)
-    path_open = Path.open
-
-    def open_checked(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        if "w" not in mode:
-            return path_open(path, mode, *args, **kwargs)
-        system.check()
-        return _File(path_open(path, mode, *args, **kwargs), system)
-
-    patches = [patch.object(os, name, system.wrap(getattr(os, name))) for name in CALLS]
-    patches.append(patch.object(Path, "open", open_checked))
-    for one in patches:
-        one.start()
-    try:
+    with standing_in(system.handle):
         yield system
-    finally:
-        for one in patches:
-            one.stop()
+
+
+@contextmanager
+def writing_at_most(n_bytes: int) -> Iterator[None]:
+    """The system takes no more bytes in one call; it may do so at any time."""
+
+    def handle(name: str, call: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return _write(args[0], bytes(args[1])[:n_bytes]) if name == "write" else call()
+
+    with standing_in(handle):
+        yield
 
 
 def killed() -> BaseException:
+    return Killed()
+
+
+def killed_for_good() -> BaseException:
+    """SIGKILL to this very process."""
+    os.kill(os.getpid(), signal.SIGKILL)
     return Killed()
 
 
@@ -97,3 +76,11 @@ def no_space() -> OSError:
 
 def io_error() -> OSError:
     return OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def over_quota() -> OSError:
+    return OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+
+def too_many_files() -> OSError:
+    return OSError(errno.EMFILE, os.strerror(errno.EMFILE))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from megagpt.checkpoint import tensors
 from megagpt.checkpoint.tensors import KINDS, SliceReader, TensorSlice, write_slices
 from megagpt.errors import CheckpointError
 from megagpt.model.layout import column, row, vocab
@@ -53,21 +53,51 @@ def write(folder, way, cuts):
     wanted=ways,
     cuts=st.sets(st.integers(1, 95), max_size=3),
     start=st.integers(0, 95),
-    chunk=st.integers(1, 40),
+    numel=st.integers(0, 96),
 )
-def test_any_cut_is_read_from_any_other(written, wanted, cuts, start, chunk, tmp_path_factory):
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        SliceReader(write(tmp_path_factory.mktemp("cut"), written, cuts)) as reader,
-    ):
-        patch.setattr(tensors, "CHUNK_NUMEL", chunk)
+def test_any_cut_is_read_from_any_other(written, wanted, cuts, start, numel, tmp_path_factory):
+    kinds = {written[0], wanted[0]}
+    across = "row" in kinds and len(kinds) > 1 and "whole" not in kinds
+    with SliceReader(write(tmp_path_factory.mktemp("cut"), written, cuts)) as reader:
         for shard in shards_of(wanted):
+            held = 96 if shard is None else shard.held_numel
+            begin = min(start, held)
+            end = min(begin + numel, held)
             for kind in KINDS:
-                expected = local(shard, kind)
-                begin = min(start, len(expected))
-                found = reader.read("w", kind, begin, len(expected) - begin, shard)
-                assert torch.equal(found, expected[begin:])
+                reader.bytes_read = 0
+                found = reader.read("w", kind, begin, end - begin, shard)
+                assert torch.equal(found, local(shard, kind)[begin:end])
+                if not across:  # those are read by way of the whole tensor
+                    assert reader.bytes_read == 4 * (end - begin)
         assert torch.equal(reader.read_whole("w"), WHOLE["weight"])
+
+
+@pytest.mark.parametrize("way", ["column", "row"])
+def test_of_a_file_only_those_pages_are_touched_that_hold_what_is_read(way, tmp_path):
+    """One of four processes reads its part of a tensor that was written whole: a quarter of it."""
+    shape = (4, 2**21)
+    whole = torch.arange(2**23, dtype=torch.float32).view(shape)
+    file = tmp_path / "f"
+    write_slices(file, [TensorSlice("w", shape, 0, {"weight": whole.flatten()})])
+    shard = column(shape, (4,), 4, 1) if way == "column" else row(shape, 4, 1)
+    with SliceReader([file]) as reader:
+        assert torch.equal(reader.read("w", "weight", 0, shard.held_numel, shard), shard.cut(whole).flatten())
+        touched = touched_bytes(file)
+        assert reader.bytes_read == whole.nbytes // 4
+        assert whole.nbytes // 4 <= touched < 0.6 * whole.nbytes  # the system maps pages ahead
+        reader.read_whole("w")
+        assert touched_bytes(file) >= whole.nbytes  # the measure sees what is read
+
+
+def touched_bytes(file):
+    """Of the pages of a file that this process has mapped, those that it has looked at."""
+    touched, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            inside = line.endswith(str(file))
+        elif inside and line.startswith("Rss:"):
+            touched += 1024 * int(line.split()[1])
+    return touched
 
 
 def test_a_lost_shard_is_told(tmp_path):

@@ -6,16 +6,12 @@ import json
 import shutil
 
 import pytest
-import xxhash
 
-from megagpt.checkpoint.store import (
-    CheckpointStore,
-    list_checkpoints,
-    read_manifest,
-    verify_all,
-    verify_checkpoint,
-)
+from megagpt.checkpoint.manage import list_checkpoints, prune_run, verify_all
+from megagpt.checkpoint.store import CheckpointStore, read_manifest, verify_checkpoint
 from megagpt.errors import CheckpointError
+from megagpt.lock import locked_folder
+from tests.checkpoint.hostile import encoded
 from tests.checkpoint.small_saves import check_whole, save
 
 TENSORS = "rank_00000.safetensors"
@@ -49,20 +45,15 @@ def test_any_flipped_byte_of_a_file_is_refused_naming_the_file(name, store):
             verify_checkpoint(store.step_dir(2))
 
 
-def test_any_flipped_byte_of_the_manifest_is_refused_or_means_the_same(store):
+def test_any_flipped_byte_of_the_manifest_is_refused(store):
     path = store.step_dir(2) / "manifest.json"
-    content, manifest = path.read_bytes(), read_manifest(store.step_dir(2))
-    harmless = 0
+    content = path.read_bytes()
     for position in range(len(content)):
         flipped = bytearray(content)
         flipped[position] ^= 1 << (position % 8)
         path.write_bytes(flipped)
-        try:
-            assert read_manifest(store.step_dir(2)) == manifest  # white space
-            harmless += 1
-        except CheckpointError as error:
-            assert "manifest.json" in str(error)  # noqa: PT017 - most of many
-    assert harmless < len(content) / 10
+        with pytest.raises(CheckpointError, match=r"step_00000002/manifest.json: (damaged|format)"):
+            read_manifest(store.step_dir(2))
 
 
 def test_a_file_cut_at_any_length_is_refused(store):
@@ -95,10 +86,7 @@ def test_garbage_for_a_manifest_is_refused_naming_it(content, store):
 
 def rewrite(path, **changes):
     """A manifest that is changed on purpose, with the right checksum."""
-    content = json.loads(path.read_bytes()) | changes
-    content.pop("xxh3_128")
-    content["xxh3_128"] = xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
-    path.write_text(json.dumps(content))
+    path.write_bytes(encoded(json.loads(path.read_bytes()) | changes))
 
 
 def test_a_manifest_of_another_format_says_which(store):
@@ -126,6 +114,7 @@ def test_only_published_folders_are_steps(store):
         (store.folder / name).mkdir()
     (store.folder / "step_00000007").write_text("a file")
     assert store.steps() == [1, 2]
+    assert len(store.survey().rejected) == 6
     assert CheckpointStore(store.folder / "absent").steps() == []
 
 
@@ -174,3 +163,47 @@ def test_the_list_shows_each_checkpoint_and_verify_names_every_damaged_one(store
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="no such folder; name the folder of a run"):
         list_checkpoints(tmp_path)
+
+
+def run_of(store, *steps):
+    for step in steps:
+        save(store, step, keep_last=9)
+    return store.folder.parent
+
+
+def test_pruning_removes_what_the_rule_does_not_keep_and_says_so(tmp_path):
+    store = CheckpointStore(tmp_path / "checkpoints")
+    run_dir = run_of(store, *range(1, 8))
+    store.staging_dir(9).mkdir()
+    dry = prune_run(run_dir, keep_last=2, keep_every=3, dry_run=True)
+    assert check_whole(store) == [1, 2, 3, 4, 5, 6, 7]
+    assert store.staging_dir(9).exists()
+    told = prune_run(run_dir, keep_last=2, keep_every=3, dry_run=False)
+    assert check_whole(store) == [3, 6, 7]
+    assert {path.name for path in store.folder.iterdir()} == {f"step_{step:08d}" for step in (3, 6, 7)}
+    assert dry.replace("would remove", "removed") == told
+    lines = told.splitlines()
+    assert [line.split()[2] for line in lines[:4]] == ["1", "2", "4", "5"]
+    assert "MiB" in lines[0]
+    assert lines[4] == "removed step_00000009.tmp"
+    assert lines[5].endswith("keeps 3, 6, 7")
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_nothing_is_pruned_where_the_newest_is_damaged(dry_run, tmp_path):
+    store = CheckpointStore(tmp_path / "checkpoints")
+    run_dir = run_of(store, 1, 2, 3)
+    (store.step_dir(3) / TENSORS).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"nothing was removed.*step_00000003/rank_00000.safetensors: damaged"):
+        prune_run(run_dir, keep_last=1, keep_every=0, dry_run=dry_run)
+    assert store.steps() == [1, 2, 3]
+
+
+def test_nothing_is_pruned_under_a_run_that_trains(tmp_path):
+    run_dir = run_of(CheckpointStore(tmp_path / "checkpoints"), 1, 2, 3)
+    with (
+        locked_folder(run_dir, CheckpointError("busy")),
+        pytest.raises(CheckpointError, match="a process trains here"),
+    ):
+        prune_run(run_dir, keep_last=1, keep_every=0, dry_run=False)
+    assert check_whole(CheckpointStore(tmp_path / "checkpoints")) == [1, 2, 3]

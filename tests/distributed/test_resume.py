@@ -14,9 +14,9 @@ import pytest
 from megagpt.checkpoint.store import CheckpointStore, verify_checkpoint
 from megagpt.data.indexed import TokenFileWriter
 from tests.distributed.processes import start, train_command
+from tests.distributed.runs import metric_rows as rows
+from tests.distributed.runs import step_dir
 from tests.tiny import run_words
-
-TIMES = ("step_seconds", "tokens_per_second", "val_seconds")
 
 
 def run(words, log, world_size=2):
@@ -25,19 +25,9 @@ def run(words, log, world_size=2):
     return group.wait(), group.output()
 
 
-def rows(run_dir):
-    """metrics.jsonl without what a clock says."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in lines]
-
-
 def files_of(run_dir, step):
     """Name -> bytes of a checkpoint's tensors."""
     return {path.name: path.read_bytes() for path in step_dir(run_dir, step).glob("*.safetensors")}
-
-
-def step_dir(run_dir, step):
-    return CheckpointStore(run_dir / "checkpoints").step_dir(step)
 
 
 def published(run_dir):

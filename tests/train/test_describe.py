@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from megagpt.model.flops import parameter_count
 from megagpt.parallel.memory import recompute_memory
 from megagpt.parallel.plan import plan_batches
 from megagpt.train.describe import check_run, describe_plan, plan_as_text
@@ -49,3 +50,27 @@ def test_the_plan_holds_the_formulas_of_the_worst_stage(tmp_path):
     total = described["memory_bytes"]["total_bytes"]
     assert total == max(described["memory_bytes"]["phase_bytes"].values())
     assert recompute_memory(config, plan)["recompute=none"].total_bytes == total
+
+
+def test_check_tells_what_a_checkpoint_takes(tmp_path):
+    tokens = write_tokens(tmp_path / "tokens", 1000)
+
+    def told(world_size, *words):
+        config = run_config(tmp_path / "run", tokens, *LARGE, *words)
+        described = describe_plan(config, plan_batches(config, world_size))
+        return described["checkpoint_bytes"], described["checkpoint_host_bytes"]
+
+    whole = 12 * parameter_count(run_config(tmp_path / "run", tokens, *LARGE).model)
+    fp32 = ("train.dtype=fp32", "parallel.zero_stage=0")
+    assert told(1) == told(2, *fp32) == (whole, whole)
+    assert told(2) == told(2, "parallel.zero_stage=3") == (whole, whole // 2)
+    assert told(2, "checkpoint.asynchronous=false") == (whole, 0)
+    assert told(1, "optim.name=muon")[0] < whole
+    for words in ("parallel.tensor=2", "parallel.pipeline=2"):
+        size, part = told(2, words)
+        assert size == whole
+        assert whole / 2 <= part < 0.6 * whole
+    config = run_config(tmp_path / "run", tokens, *LARGE)
+    assert f"checkpoint {whole / 2**20:,.0f} MiB on disk, and {whole / 2**20:,.0f} MiB of host memory" in check_run(
+        config, 1
+    )

@@ -24,6 +24,16 @@ def test_rows_after_the_resumed_step_and_a_cut_line_are_removed(tmp_path):
     sink.close()
 
 
+def test_a_run_that_goes_back_writes_the_rows_anew(tmp_path):
+    sink = JsonlSink(tmp_path / "metrics.jsonl", resume_step=-1)
+    for step in range(1, 6):
+        sink.write({"step": step, "loss": 1.0})
+    sink.rewind(3)
+    sink.write({"step": 4, "loss": 2.0})
+    sink.close()
+    assert [(row["step"], row["loss"]) for row in rows(tmp_path / "metrics.jsonl")][2:] == [(3, 1.0), (4, 2.0)]
+
+
 def test_a_run_that_starts_at_step_0_keeps_no_row(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0, "val_loss": 9.0}\n{"step": 1, "loss": 2.0}\n')

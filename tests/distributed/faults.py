@@ -1,0 +1,189 @@
+"""Faults of one rank, put into a training process by the test itself: nothing in the product knows of them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+FOREVER = 600.0
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens to one rank, once or from some moment on."""
+
+    kind: str
+    """One of FAULTS."""
+    rank: int
+    at: int
+    """The call, counted from 1, of whatever the fault sits in: a step, an evaluation, a save."""
+    until: int = 10**9
+    """The last one."""
+
+
+def train_with_fault(words: list[str], *faults: Fault) -> int:
+    """As `processes.train_command`; the rank that a fault names has it."""
+    from megagpt.train.run import main
+
+    for fault in faults:
+        if fault.rank in (int(os.environ["RANK"]), -1):
+            FAULTS[fault.kind](fault)
+    return main(words, os.environ)
+
+
+def before(owner: Any, name: str, fault: Fault, work: Callable[[Any], None]) -> None:
+    """Let a method do something else first, in the calls that the fault names."""
+    original, calls = getattr(owner, name), [0]
+
+    def changed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if fault.at <= calls[0] <= fault.until:
+            work(self)
+        return original(self, *args, **kwargs)
+
+    setattr(owner, name, changed)
+
+
+def _sleep(_: Any) -> None:
+    time.sleep(FOREVER)
+
+
+def _in_loader(work: Callable[[Any], None]) -> Callable[[Fault], None]:
+    def install(fault: Fault) -> None:
+        from megagpt.train.batches import TrainBatches
+
+        before(TrainBatches, "step", fault, work)
+
+    return install
+
+
+def _in_eval(fault: Fault) -> None:
+    from megagpt.train.batches import ValidationBatches
+
+    before(ValidationBatches, "__iter__", fault, _sleep)
+
+
+def _in_save(fault: Fault) -> None:
+    from megagpt.engine.engine import Engine
+
+    before(Engine, "owned_slices", fault, _sleep)
+
+
+def _in_step(work: Callable[[Any], None]) -> Callable[[Fault], None]:
+    """Before a step's forward, with its batch at hand; a step that is computed again counts again."""
+
+    def install(fault: Fault) -> None:
+        from megagpt.engine.engine import Engine
+
+        before(Engine, "_begin", fault, work)
+
+    return install
+
+
+def _before_comparison(work: Callable[[Any], None]) -> Callable[[Fault], None]:
+    def install(fault: Fault) -> None:
+        from megagpt.engine.engine import Engine
+
+        before(Engine, "check_replicas", fault, work)
+
+    return install
+
+
+def _bad_gradient(value: float) -> Callable[[Any], None]:
+    """What comes back through the last block's last matrix, once: in the first micro-batch of the step."""
+
+    def work(engine: Any) -> None:
+        *_, last = (one for name, one in engine.model.named_modules() if name.endswith("down"))
+        handles: list[Any] = []
+
+        def spoil(module: Any, inputs: Any, output: torch.Tensor) -> None:
+            handles[0].remove()
+            output.register_hook(lambda gradient: gradient * value)
+
+        handles.append(last.register_forward_hook(spoil))
+
+    return work
+
+
+def _bad_weight(engine: Any) -> None:
+    with torch.no_grad():
+        parameter = next(iter(engine.model.parameters()))
+        getattr(parameter, "ds_tensor", parameter).view(-1)[5] = float("inf")  # under ZeRO-3 its part of it
+
+
+def _flipped_bit(engine: Any) -> None:
+    with torch.no_grad():
+        parameter = dict(engine.model.named_parameters())["blocks.1.attention.output.weight"]
+        parameter.view(-1)[:1].view(torch.int32 if parameter.element_size() == 4 else torch.int16).bitwise_xor_(1)
+
+
+def _bad_loss(fault: Fault) -> None:
+    from megagpt.engine.engine import Engine
+
+    original, calls = Engine._nll, [0]
+
+    def changed(self: Any, batch: Any) -> torch.Tensor:
+        calls[0] += 1
+        nll = original(self, batch)
+        return nll * float("nan") if fault.at <= calls[0] <= fault.until else nll
+
+    Engine._nll = changed  # type: ignore[method-assign]
+
+
+def _spike(fault: Fault) -> None:
+    """The data of a batch are noise: its index is counted from 0 here, however often it is read."""
+    from megagpt.train.batches import TrainBatches
+
+    original = TrainBatches.step
+
+    def changed(self: Any, batch: int) -> Any:
+        micro_batches = original(self, batch)
+        if not fault.at <= batch <= fault.until:
+            return micro_batches
+        from dataclasses import replace
+
+        return [replace(one, targets=(one.inputs * 7 + 30) % 61) for one in micro_batches]
+
+    TrainBatches.step = changed  # type: ignore[method-assign]
+
+
+def _slow_forward(fault: Fault) -> None:
+    """Every rank's forward takes 20 ms longer, and that of the fault's rank another 4.4 ms: 20% slower."""
+    from megagpt.engine.engine import Engine
+
+    original = Engine._nll
+    seconds = 0.020 if fault.rank == -1 else 0.0044
+
+    def changed(self: Any, batch: Any) -> torch.Tensor:
+        time.sleep(seconds)
+        return original(self, batch)
+
+    Engine._nll = changed  # type: ignore[method-assign]
+
+
+FAULTS: dict[str, Callable[[Fault], None]] = {
+    "sleeps in loader": _in_loader(_sleep),
+    "stopped": _in_loader(lambda _: os.kill(os.getpid(), signal.SIGSTOP)),
+    "killed": _in_loader(lambda _: os.kill(os.getpid(), signal.SIGKILL)),
+    "raises": _in_loader(lambda _: 1 / 0),
+    "holds the interpreter": _in_loader(lambda _: ctypes.PyDLL(None).sleep(int(FOREVER))),
+    "sleeps in step": _in_step(_sleep),
+    "sleeps in eval": _in_eval,
+    "sleeps in save": _in_save,
+    "nan gradient": _in_step(_bad_gradient(float("nan"))),
+    "inf gradient": _in_step(_bad_gradient(float("inf"))),
+    "inf weight": _in_step(_bad_weight),
+    "nan loss": _bad_loss,
+    "flipped bit in step": _in_step(_flipped_bit),
+    "flipped bit": _before_comparison(_flipped_bit),
+    "inf weight after update": _before_comparison(_bad_weight),
+    "noise": _spike,
+    "slow forward": _slow_forward,
+}

@@ -1,0 +1,233 @@
+"""Every layout writes one checkpoint, and every layout reads all of them: what the processes do."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from megagpt.checkpoint.open import rank_files
+from megagpt.checkpoint.save import Identity, save_checkpoint
+from megagpt.checkpoint.store import CheckpointStore, read_manifest
+from megagpt.checkpoint.tensors import WEIGHT, SliceReader, TensorSlice
+from megagpt.config.schema import TrainingRun
+from megagpt.data.mixture import open_mixture
+from megagpt.engine.engine import Engine, init_distributed
+from megagpt.engine.slices import state_tensors
+from megagpt.parallel.mesh import Mesh, make_mesh
+from megagpt.parallel.plan import plan_batches
+from megagpt.train.batches import TrainBatches
+from megagpt.train.build import build_engine
+from megagpt.train.schedule import lr_schedule
+from megagpt.train.state import TrainState
+
+FEW = 5
+"""Steps after which equal states would no longer be equal if they had not been."""
+RESTORED = ("loss_scale", "scaler_iter", "last_overflow_iter", "hysteresis")
+
+
+@dataclass(frozen=True)
+class Written:
+    """A checkpoint, and what is known of it by other means."""
+
+    name: str
+    step_dir: Path
+    truth: Path
+    """The logical tensors, whole, as the test has put them together: a safetensors file."""
+
+
+@dataclass(frozen=True)
+class Laid:
+    """A layout, and what it is to do."""
+
+    name: str
+    config: TrainingRun
+    write: Path | None = None
+    """Folder of a store to save into after `first` steps."""
+    first: int = 0
+    last: int = 0
+    """Steps to go to, from 0 or from where a checkpoint stands."""
+    read: tuple[Written, ...] = ()
+    """To be restored one after the other into one engine, and compared."""
+    go_on: tuple[Written, ...] = ()
+    """To go on from, each in an engine of its own."""
+    same: tuple[Written, ...] = ()
+    """As `go_on`, for a few steps: whose losses shall be the same to the last bit."""
+    save_again: Path | None = None
+    """Folder of a store to save the first of `go_on` into, as soon as it is loaded."""
+
+
+@dataclass
+class Shown:
+    """What a layout showed."""
+
+    losses: list[float] = field(default_factory=list)
+    """Of its own run, without a break."""
+    differing: dict[str, list[str]] = field(default_factory=dict)
+    """Checkpoint -> what was not as it is in there; an empty list for each that was read."""
+    continued: dict[str, list[float]] = field(default_factory=dict)
+    """Checkpoint -> losses from there on."""
+    bytes_read: dict[str, list[int]] = field(default_factory=dict)
+    """Checkpoint -> for each rank, bytes of values that it read."""
+    bytes_held: list[int] = field(default_factory=list)
+    """For each rank, bytes of the weights and the optimizer's state that it fills."""
+
+
+def run_layouts(layouts: list[Laid], out: Path) -> None:
+    """In every process of a group: let the layouts, all of the same degrees, do their part in turn."""
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    CPU_Accelerator.is_fp16_supported = lambda self: True  # it only opens the door: the arithmetic is there
+    torch.set_num_threads(1)
+    init_distributed(timedelta(seconds=240), device_type="cpu")
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    mesh = make_mesh(rank, world_size, rank, torch.device("cpu"), layouts[0].config.parallel)
+    shown = {}
+    for laid in layouts:
+        shown[laid.name] = found = Shown()
+        if laid.write is not None:
+            found.losses = _own_run(laid, mesh)
+        if laid.read:
+            _read_all(laid, mesh, found)
+        for written in laid.go_on:
+            found.continued[written.name] = _go_on(laid, written, mesh, laid.last)
+        for written in laid.same:
+            found.continued[written.name] = _go_on(laid, written, mesh, laid.first + FEW)
+    if mesh.is_main:
+        out.write_text(json.dumps({name: vars(value) for name, value in shown.items()}))
+    mesh.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def read_shown(out: Path) -> dict[str, Shown]:
+    return {name: Shown(**values) for name, values in json.loads(out.read_text()).items()}
+
+
+def _engine(laid: Laid, mesh: Mesh) -> Engine:
+    return build_engine(laid.config, plan_batches(laid.config, mesh.world_size), mesh)
+
+
+def _own_run(laid: Laid, mesh: Mesh) -> list[float]:
+    """Save in the middle of a run that goes on."""
+    engine = _engine(laid, mesh)
+    state, before = _train(engine, laid.config, TrainState(), laid.first)
+    _save(engine, laid, state, laid.write)
+    return before + _train(engine, laid.config, state, laid.last)[1]
+
+
+def _go_on(laid: Laid, written: Written, mesh: Mesh, last: int) -> list[float]:
+    engine = _engine(laid, mesh)
+    state, _ = _restore(engine, written)
+    if laid.save_again is not None and written is laid.go_on[0]:
+        _save(engine, laid, state, laid.save_again)
+    return _train(engine, laid.config, state, last)[1]
+
+
+def _train(engine: Engine, config: TrainingRun, state: TrainState, last: int) -> tuple[TrainState, list[float]]:
+    mixture = open_mixture(config.data.train, config.model.max_seq_len, config.run.seed)
+    batches = TrainBatches(mixture, engine.plan, engine.mesh)
+    schedule, losses = lr_schedule(config.optim, config.train.max_steps), []
+    while state.step < last:
+        outcome = engine.train_step(batches.step(state.step), schedule(state.step))
+        state = state.after_step(engine.plan.tokens_per_step, skipped=outcome.skipped)
+        losses.append(outcome.loss)
+    return state, losses
+
+
+def _save(engine: Engine, laid: Laid, state: TrainState, folder: Path) -> None:
+    plain = laid.config.model_dump(mode="json")
+    identity = Identity(config=plain, data_fingerprint="", tokenizer=None, tokenizer_files=(), versions={})
+    state = replace(state, engine=engine.engine_state())
+    save_checkpoint(CheckpointStore(folder), engine.mesh, engine.owned_slices(), state.to_dict(), identity)
+
+
+def _restore(engine: Engine, written: Written) -> tuple[TrainState, int]:
+    manifest = read_manifest(written.step_dir)
+    state = TrainState.from_dict(manifest.state)
+    with SliceReader(rank_files(written.step_dir, manifest)) as reader:
+        engine.restore(reader, state.engine)
+        return state, reader.bytes_read
+
+
+def _read_all(laid: Laid, mesh: Mesh, found: Shown) -> None:
+    optim = laid.config.optim.model_copy(update={"lr": 0.5, "betas": (0.7, 0.8), "eps": 1e-6, "weight_decay": 0.03})
+    laid = replace(laid, config=laid.config.model_copy(update={"optim": optim}))  # not as any of them was written under
+    engine = _engine(laid, mesh)
+    for written in laid.read:
+        state, n_bytes = _restore(engine, written)
+        with safe_open(written.truth, framework="pt") as truth:
+            mine = [*_wrong_slices(engine, truth), *_wrong_weights(engine, truth), *_wrong_counters(engine, state)]
+            mine += _wrong_settings(engine, laid.config)
+            everything = {key: truth.get_slice(key).get_shape() for key in truth.keys()}  # noqa: SIM118
+        numels = mesh.gather({f"{part.name}|{kind}": v.numel() for part in engine.owned_slices()
+                              for kind, v in part.values.items()})  # fmt: skip
+        for key, shape in everything.items():
+            if sum(rank.get(key, 0) for rank in numels) != torch.Size(shape).numel():
+                mine.append(f"{key}: the ranks together do not hold it once")
+        found.differing[written.name] = sorted({problem for rank in mesh.gather(mine) for problem in rank})
+        found.bytes_read[written.name] = mesh.gather(n_bytes)
+    found.bytes_held = mesh.gather(_bytes_held(engine))
+
+
+def _wrong_slices(engine: Engine, truth: safe_open) -> Iterator[str]:
+    """fp32 weights and moments that a process would write, beside the part of the whole that they stand for."""
+    for part in engine.owned_slices():
+        for kind, values in part.values.items():
+            expected = _expected(part, truth.get_tensor(f"{part.name}|{kind}"))
+            if not torch.equal(values.cpu().view(torch.int32), expected.view(torch.int32)):
+                yield f"{part.name}|{kind} from {part.start} on"
+
+
+def _expected(part: TensorSlice, whole: torch.Tensor) -> torch.Tensor:
+    held = part.shard.cut(whole) if part.shard is not None else whole
+    return held.flatten()[part.start : part.start + part.values[WEIGHT].numel()].contiguous()
+
+
+def _wrong_weights(engine: Engine, truth: safe_open) -> Iterator[str]:
+    """What forward and backward work with, in the run's precision."""
+    model = engine.model
+    for name, parameter in model.named_parameters():
+        whole = truth.get_tensor(f"{model.logical_name(name)}|{WEIGHT}")
+        shard = model.shards.get(name)
+        held = (shard.cut(whole) if shard is not None else whole).to(engine.dtype).flatten()
+        values = parameter.detach().flatten()
+        if hasattr(parameter, "ds_tensor"):
+            values = parameter.ds_tensor.detach().flatten()
+            start = engine.mesh.zero_rank * values.numel()
+            held = held[start : start + values.numel()]
+            values = values[: held.numel()]
+        if not torch.equal(values.cpu(), held):
+            yield f"{name} as it is used"
+
+
+def _wrong_counters(engine: Engine, state: TrainState) -> Iterator[str]:
+    now = engine.engine_state()
+    for key in ("adam_step", *RESTORED):
+        if key in now and key in state.engine and now[key] != state.engine[key]:
+            yield f"{key} is {now[key]}, {state.engine[key]} was saved"
+
+
+def _wrong_settings(engine: Engine, config: TrainingRun) -> Iterator[str]:
+    """Groups are the reader's own configuration's, whatever was written under."""
+    expected = {config.optim.weight_decay, 0.0}
+    found = set()
+    for group in engine.optimizer.param_groups:
+        found.add(group["weight_decay"])
+        if group["lr"] != config.optim.lr:
+            yield f"lr {group['lr']} of a group"
+        if config.optim.name == "adamw" and (group["betas"], group["eps"]) != (config.optim.betas, config.optim.eps):
+            yield f"betas {group['betas']} and eps {group['eps']} of a group"
+    if not found <= expected or config.optim.weight_decay not in found:
+        yield f"weight decay {sorted(found)}"
+
+
+def _bytes_held(engine: Engine) -> int:
+    """Of the weights and the optimizer's state that this process has, as fp32."""
+    tensors = state_tensors(engine.optimizer, engine.model)
+    return 4 * sum(tensor.numel() for kind in ("weights", "optimizer") for tensor in tensors[kind])
