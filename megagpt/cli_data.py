@@ -195,6 +195,9 @@ def bench_layouts(names: tuple[str, ...], family: str, json_file: Path | None, o
 
     from megagpt.bench import layouts
 
-    rows = layouts.bench_layouts(family, names, overrides, Console())
+    console = Console()
+    if not console.is_terminal:  # a log file has no width
+        console.width = 160
+    rows = layouts.bench_layouts(family, names, overrides, console)
     if json_file is not None:
         json_file.write_text(layouts.to_json(rows))
