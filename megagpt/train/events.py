@@ -31,6 +31,7 @@ def log_event(run_dir: Path, event: str, step: int, **details: Any) -> None:
     """Append a line to the run's history."""
     now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     row = {"time": now, "event": event, "step": step, **details}
+    run_dir.mkdir(parents=True, exist_ok=True)  # a run may fail before any of its ranks came to make it
     with (run_dir / EVENTS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 

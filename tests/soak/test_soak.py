@@ -30,7 +30,7 @@ from tests.tiny import run_words
 LOG = logging.getLogger(__name__)
 MEGAGPT = Path(sys.executable).with_name("megagpt")
 SAVE_EVERY = 20
-STEPS_A_MINUTE = 300
+STEPS_A_MINUTE = 600
 """Roughly what two processes do between faults on two cores."""
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(0)]
