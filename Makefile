@@ -1,7 +1,8 @@
 # make quickstart   environment, data, tokenizer, training, evaluation, report: the real programs, small sizes
 # make test         environment if missing, then the whole test suite
 # make test-matrix  every parallel layout up to eight processes against a plain loop
-# make test-faults  the tests that take long: a kill at every call that changes a file, checkpoints between all places, Slurm
+# make test-faults  all that can go wrong with a run: kills at every call of a save, damage, full disks, hangs, every layout to every other
+# make test-long    the other tests that take long: every kill of a data job, long lists of layouts, Slurm, two hosts
 # make test-soak    half an hour of random faults on a small run, which must end as if nothing had been
 # make install      the environment that both use: .venv
 
@@ -11,12 +12,15 @@ BIN    := $(VENV)/bin
 RUN    := runs/quickstart
 # A folder of benchmark files, where there is one: make quickstart EVAL_DATA=downloads/evals
 EVAL_DATA ?=
+# What make test-faults runs, its fast tests too.
+FAULTS := tests/checkpoint tests/supervise $(addprefix tests/distributed/test_, save.py save_killed.py failed_save.py \
+  exact_resume.py resume.py reshard.py deepspeed_import.py watch.py nonfinite.py refusals.py spikes.py supervise.py lock.py)
 export TOKENIZERS_PARALLELISM ?= false
 # DeepSpeed builds its C++ op with the ninja that it finds: the environment's own.
 export PATH := $(abspath $(BIN)):$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 
-.PHONY: install quickstart test test-fast test-matrix test-faults test-soak lint format clean
+.PHONY: install quickstart test test-fast test-matrix test-faults test-long test-soak lint format clean
 
 install: $(VENV)/.installed
 
@@ -44,7 +48,10 @@ test-matrix: install
 	$(BIN)/python -m pytest -m exhaustive tests/distributed/test_matrix.py --log-cli-level=INFO
 
 test-faults: install
-	$(BIN)/python -m pytest -m exhaustive --ignore tests/distributed/test_matrix.py
+	$(BIN)/python -m pytest -m 'not soak' --durations 30 $(FAULTS)
+
+test-long: install
+	$(BIN)/python -m pytest -m exhaustive --durations 30 $(addprefix --ignore , $(FAULTS) tests/distributed/test_matrix.py)
 
 test-soak: install
 	$(BIN)/python -m pytest -m soak tests/soak --log-cli-level=INFO

@@ -22,6 +22,7 @@ import psutil
 import pytest
 
 from megagpt.checkpoint.store import CheckpointStore, verify_checkpoint
+from megagpt.supervise.supervisor import STOPPED
 from megagpt.train.events import goodput
 from tests.distributed.processes import start, train_command
 from tests.distributed.test_resume import files_of, published, rows, step_dir, wait_until
@@ -30,8 +31,9 @@ from tests.tiny import run_words
 LOG = logging.getLogger(__name__)
 MEGAGPT = Path(sys.executable).with_name("megagpt")
 SAVE_EVERY = 20
-STEPS_A_MINUTE = 600
-"""Roughly what two processes do between faults on two cores."""
+ENDLESS = 10**9
+"""Steps: nothing but the end of the faults ends the run."""
+STEPS_AFTER_FAULTS = 30
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(0)]
 
@@ -43,16 +45,21 @@ class Watched:
         self.run_dir = run_dir
         self._words = words
         self._log = log
-        self.start()
+        self.start(ENDLESS)
 
-    def start(self) -> None:
+    def start(self, steps: int) -> None:
         port = str(20_000 + os.getpid() % 20_000)
         options = ["--restarts", "5", "--wait", "0.5", "--processes", "2", "--launcher-args", f"--master_port {port}"]
         with self._log.open("ab") as out:
             self.process = subprocess.Popen(
-                [MEGAGPT, "train", *options, *self._words],
+                [MEGAGPT, "train", *options, *self._words, f"train.max_steps={steps}"],
                 stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
+
+    def stop(self, number: int) -> None:
+        """Ask it to save and end."""
+        self.process.send_signal(number)
+        assert self.process.wait(120) in (0, STOPPED), self._log.read_text()[-5000:]
 
     def below(self, *words: str) -> list[psutil.Process]:
         """Processes under the supervisor whose command line has one of these words."""
@@ -83,7 +90,7 @@ def kill_the_launcher(run: Watched, choose: random.Random) -> None:
 def kill_all_and_damage_the_newest_checkpoint(run: Watched, choose: random.Random) -> None:
     steps = published(run.run_dir)
     if len(steps) < 2:
-        return
+        raise IndexError("nothing older would be left")
     for rank in run.ranks():
         rank.kill()
     files = sorted(step_dir(run.run_dir, steps[-1]).iterdir())
@@ -94,54 +101,72 @@ def kill_all_and_damage_the_newest_checkpoint(run: Watched, choose: random.Rando
 
 
 def preempt(run: Watched, choose: random.Random) -> None:
-    run.process.send_signal(choose.choice([signal.SIGTERM, signal.SIGUSR1]))
-    run.process.wait(120)
-    run.start()
+    run.stop(choose.choice([signal.SIGTERM, signal.SIGUSR1]))
+    run.start(ENDLESS)
 
 
 FAULTS = (kill_a_rank, stop_a_rank, kill_the_launcher, kill_all_and_damage_the_newest_checkpoint, preempt)
 
 
+def inject(run: Watched, minutes: float, choose: random.Random) -> Counter[str]:
+    """Faults at random moments for so long; how many of each kind met a process."""
+    injected: Counter[str] = Counter()
+    until = time.monotonic() + 60 * minutes
+    while time.monotonic() < until:
+        at = time.monotonic() + choose.uniform(2, 20)
+        wait_until(lambda at=at: time.monotonic() > at or run.process.poll() is not None, 30)
+        assert run.process.poll() is None, "the supervisor has ended"
+        fault = choose.choice(FAULTS)
+        before = published(run.run_dir)
+        with suppress(IndexError, psutil.Error):  # nothing is running that could be hit just now
+            fault(run, choose)
+            injected[fault.__name__] += 1
+            LOG.info("%d: %s, checkpoints %s", injected.total(), fault.__name__, before)
+    return injected
+
+
 def test_a_run_under_random_faults_ends_bit_for_bit_as_the_one_without(tmp_path, tokens, pytestconfig):
-    minutes, seed = pytestconfig.getoption("--soak-minutes"), pytestconfig.getoption("--soak-seed")
-    choose = random.Random(seed)
-    steps = max(4 * SAVE_EVERY, int(minutes * STEPS_A_MINUTE))
+    minutes = pytestconfig.getoption("--soak-minutes")
     common = [
-        f"train.max_steps={steps}",
         f"checkpoint.save_every={SAVE_EVERY}",
         "checkpoint.keep_last=3",
         "model.dropout=0.1",
+        "optim.schedule=constant",  # not the number of steps decides the rate
         "parallel.zero_stage=2",
     ]
     hung = ["watch.step_seconds=10", "watch.save_seconds=20"]
     shared_memory = set(Path("/dev/shm").iterdir())
     run = Watched(tmp_path / "run", run_words(tmp_path / "run", tokens, *common, *hung), tmp_path / "log")
-    injected: Counter[str] = Counter()
-    until = time.monotonic() + 60 * minutes
     try:
-        while run.process.poll() is None and time.monotonic() < until:
-            before = len(rows(run.run_dir)) if (run.run_dir / "metrics.jsonl").exists() else 0
-            patience = time.monotonic() + choose.uniform(2, 20)
-            wait_until(lambda at=patience: time.monotonic() > at or run.process.poll() is not None, 30)
-            fault = choose.choice(FAULTS)
-            with suppress(IndexError, psutil.Error):  # nothing is running that could be hit just now
-                fault(run, choose)
-                injected[fault.__name__] += 1
-                LOG.info("%s after row %d, checkpoints %s", fault.__name__, before, published(run.run_dir))
-        assert run.process.wait(1200) == 0, (tmp_path / "log").read_text()[-5000:]
+        injected = inject(run, minutes, random.Random(pytestconfig.getoption("--soak-seed")))
+        run.stop(signal.SIGTERM)
+        steps = rows(run.run_dir)[-1]["step"] + STEPS_AFTER_FAULTS
+        run.start(steps)
+        assert run.process.wait(600) == 0, (tmp_path / "log").read_text()[-5000:]
+    except BaseException:
+        LOG.exception("the log's end:\n%s", (tmp_path / "log").read_text()[-20_000:])
+        raise
     finally:
         with suppress(ProcessLookupError):
             run.process.terminate()
             run.process.wait(120)
-    assert sum(injected.values()) >= min(minutes, 4)
-    start(train_command, 2, run_words(tmp_path / "calm", tokens, *common), log=tmp_path / "calm.log").finish(3600)
+    assert injected.total() >= 2 * minutes
+    words = run_words(tmp_path / "calm", tokens, *common, f"train.max_steps={steps}")
+    start(train_command, 2, words, log=tmp_path / "calm.log").finish(7200)
     assert files_of(run.run_dir, steps) == files_of(tmp_path / "calm", steps)
     assert rows(run.run_dir) == rows(tmp_path / "calm")
     nothing_is_left(run.run_dir, shared_memory)
     events = [json.loads(line) for line in (run.run_dir / "events.jsonl").read_text().splitlines()]
     metrics = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
     spent = goodput(events, metrics)
-    LOG.info("%s; %d restarts, goodput %.1f %%, %s", dict(injected), spent.restarts, 100 * spent.fraction, spent.lost)
+    LOG.info(
+        "%s; %d steps, %d restarts, goodput %.1f %%, %s",
+        dict(injected),
+        steps,
+        spent.restarts,
+        100 * spent.fraction,
+        spent.lost,
+    )
 
 
 def nothing_is_left(run_dir: Path, shared_memory: set[Path]) -> None:
