@@ -23,6 +23,8 @@ from megagpt.errors import ConfigError
 
 COMMAND_LINE = "command line"
 INCLUDE = "include"
+MOST_VALUES, DEEPEST = 200_000, 64
+"""Of one file. Aliases can make a few lines stand for 10^12 values, and a mapping may hold itself."""
 FOLDER = "${folder}"
 """What a path in a file begins with, where it is relative to the folder of that file and not to the working folder."""
 KeyPath = tuple[str, ...]
@@ -110,17 +112,36 @@ def read_yaml(file: Path) -> dict[str, Any]:
     """
     try:
         content = YAML(typ="safe", pure=True).load(file.read_text(encoding="utf-8"))
+        _check_extent(content)
     except FileNotFoundError:
         raise ConfigError(f"{file}: no such configuration file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: cannot be read as text: {error}") from None
     except YAMLError as error:
         raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{file}: no configuration: {error}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: must hold `section: {{key: value}}` mappings, found {type(content).__name__}")
     return content
+
+
+def _check_extent(content: Any) -> None:
+    """Count what aliases stand for, before anything walks through it.
+
+    Raises:
+        ValueError: more values, or deeper, than any configuration.
+    """
+    ahead, seen = [(content, 0)], 0
+    while ahead:
+        value, depth = ahead.pop()
+        seen += 1
+        if seen > MOST_VALUES or depth > DEEPEST:
+            raise ValueError(f"more than {MOST_VALUES} values, or more than {DEEPEST} levels, its aliases followed")
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        ahead += [(part, depth + 1) for part in parts]
 
 
 def _leaves(values: Mapping[str, Any], at: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:

@@ -13,8 +13,10 @@ Every row has `time` (UTC), `event` and `step`:
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,12 +30,17 @@ EVENTS = "events.jsonl"
 
 
 def log_event(run_dir: Path, event: str, step: int, **details: Any) -> None:
-    """Append a line to the run's history."""
+    """Append a line to the run's history; a disk that is too full for it ends no run."""
     now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     row = {"time": now, "event": event, "step": step, **details}
-    run_dir.mkdir(parents=True, exist_ok=True)  # a run may fail before any of its ranks came to make it
-    with (run_dir / EVENTS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    path = run_dir / EVENTS
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)  # a run may fail before any of its ranks came to make it
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        with suppress(OSError):  # the terminal's log may lie on the same disk
+            sys.stderr.write(f"warning: {path}: not written: {error.strerror}: {json.dumps(row)}\n")
 
 
 def log_start(run_dir: Path, step: int, cut_off: CutOff, **details: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,40 +43,73 @@ class CutOff:
     """When the process before wrote its last row, seconds since 1970; None where there was none."""
 
 
+Say = Callable[[str], object]
+"""Shows a line to the user."""
+
+
 class JsonlSink:
     """`metrics.jsonl`: one JSON object a line, each by one write.
 
-    Rows of steps after `resume_step` belong to a run that was killed; they are cut off, and will come again.
+    Rows of steps after `resume_step` belong to a run that was killed; they are cut off, and will come again. A full
+    disk ends no run: its rows wait in memory, some 300 bytes each, and are written when there is room.
     """
 
-    def __init__(self, path: Path, resume_step: int) -> None:
+    def __init__(self, path: Path, resume_step: int, say: Say) -> None:
         self.cut_off = _keep_rows(path, resume_step)
         self._path = path
-        self._file = path.open("ab", buffering=0)  # a row that could not be written is not tried again in close()
+        self._say = say
+        self._waiting: list[bytes] = []
+        self._open()
+
+    def _open(self) -> None:
+        self._file = self._path.open("ab", buffering=0)  # a row that could not be written is not tried again in close()
+        self._size = self._path.stat().st_size
 
     def write(self, row: Row) -> None:
-        """Append one row.
+        """Append one row, behind those that wait."""
+        was_waiting = len(self._waiting)
+        self._waiting.append((json.dumps(row) + "\n").encode())
+        problem = self._write_waiting()
+        if problem is not None and not was_waiting:
+            self._say(f"warning: {self._path}: step {row['step']} cannot be written: {problem}; rows wait in memory")
+        elif problem is None and was_waiting:
+            self._say(f"{self._path}: there is room again; {was_waiting} rows that waited are written")
 
-        Raises:
-            MegaGPTError: it cannot be written, mostly because the disk is full.
-        """
-        line = (json.dumps(row) + "\n").encode()
+    def _write_waiting(self) -> str | None:
+        """Why they cannot be written; None where they are."""
+        lines = b"".join(self._waiting)
         try:
-            written = self._file.write(line)
+            written = self._file.write(lines)
+            if written != len(lines):
+                self._file.truncate(self._size)  # a part of a row would make the next one unreadable
+                return "the disk is full"
         except OSError as error:
-            raise MegaGPTError(f"{self._path}: step {row['step']} cannot be written: {error.strerror}") from None
-        if written != len(line):
-            raise MegaGPTError(f"{self._path}: step {row['step']} cannot be written whole: the disk is full")
+            return error.strerror or str(error)
+        self._size += len(lines)
+        self._waiting.clear()
+        return None
 
     def rewind(self, step: int) -> None:
         """Cut the rows after the step off."""
         self._file.close()
+        self._waiting = [line for line in self._waiting if json.loads(line)["step"] <= step]
         _keep_rows(self._path, step)
-        self._file = self._path.open("ab", buffering=0)
+        self._open()
 
     def close(self) -> None:
-        """Close the file."""
+        """Write what waits, and close the file.
+
+        Raises:
+            MegaGPTError: the rows that wait still cannot be written; they are lost.
+        """
+        problem = self._write_waiting() if self._waiting else None
         self._file.close()
+        if problem is not None:
+            first, last = (json.loads(line)["step"] for line in (self._waiting[0], self._waiting[-1]))
+            raise MegaGPTError(
+                f"{self._path}: {len(self._waiting)} rows of steps {first} to {last} are lost: {problem}; "
+                "make room there before the run goes on"
+            )
 
 
 def _keep_rows(path: Path, last_step: int) -> CutOff:
@@ -149,22 +182,35 @@ class WandbSink:
 
 
 class Metrics:
-    """All sinks of one process; none on those that do not log."""
+    """All sinks of one process; none on those that do not log.
 
-    def __init__(self, sinks: list[Sink]) -> None:
+    Args:
+        sinks: the first one is the run's own record, the others are mirrors of it.
+        say: is told of a mirror that fails; the run goes on without it.
+    """
+
+    def __init__(self, sinks: list[Sink], say: Say) -> None:
         self._sinks = sinks
+        self._say = say
 
     def write(self, row: Row) -> None:
         """Give the row to every sink."""
-        for sink in self._sinks:
-            sink.write(row)
+        self._each(lambda sink: sink.write(row))
 
     def rewind(self, step: int) -> None:
         """Rows after this step will come again."""
-        for sink in self._sinks:
-            sink.rewind(step)
+        self._each(lambda sink: sink.rewind(step))
 
     def close(self) -> None:
         """Close every sink."""
-        for sink in self._sinks:
-            sink.close()
+        self._each(lambda sink: sink.close())
+
+    def _each(self, call: Callable[[Sink], None]) -> None:
+        for sink in reversed(tuple(self._sinks)):  # the record last: its own errors end the run
+            try:
+                call(sink)
+            except OSError as error:
+                if sink is self._sinks[0]:
+                    raise
+                self._sinks.remove(sink)
+                self._say(f"warning: {type(sink).__name__} takes no more rows: {error}; metrics.jsonl has all")

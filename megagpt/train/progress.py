@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import Self
 
 from rich.console import Console
@@ -53,6 +54,7 @@ class ProgressLine:
             self.say(f"step {step}/{self._max_steps}  {status}  ETA {left / 60:.1f} min")
 
     def say(self, message: str) -> None:
-        """A line that stays."""
+        """A line that stays; a log file on a disk that is full ends no run."""
         if self._shown:
-            self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+            with suppress(OSError):
+                self.console.print(message, highlight=False, markup=False, soft_wrap=True)

@@ -44,7 +44,7 @@ from megagpt.train.describe import check_run, describe_plan, package_versions
 from megagpt.train.environment import check_rendezvous
 from megagpt.train.events import log_event, log_start
 from megagpt.train.loop import Collaborators, train
-from megagpt.train.metrics import CutOff, JsonlSink, Metrics, Sink, TensorBoardSink, WandbSink
+from megagpt.train.metrics import CutOff, JsonlSink, Metrics, Say, Sink, TensorBoardSink, WandbSink
 from megagpt.train.progress import ProgressLine
 from megagpt.train.schedule import lr_schedule
 from megagpt.train.start import COLLECTIVE_TIMEOUT, process_store, start_mesh
@@ -131,10 +131,10 @@ def _train_in_folder(
     identity = mesh.together(lambda: _identity(config, mixture, tokenizer, mesh))
     changes = _changes(newest, identity)
     mesh.on_main(lambda: _write_run_files(config, plan, engine, identity))
-    metrics, cut_off = mesh.together(lambda: _open_metrics(config, state, mesh))
+    progress = ProgressLine(console, config.train.max_steps, state.step, shown=mesh.is_main and config.log.progress)
+    metrics, cut_off = mesh.together(lambda: _open_metrics(config, state, mesh, progress.say))
     told = {"world_size": plan.world_size} | ({"changed": changes} if changes else {})
     mesh.on_main(lambda: log_start(config.run.dir, state.step, cut_off, **told))
-    progress = ProgressLine(console, config.train.max_steps, state.step, shown=mesh.is_main and config.log.progress)
     with progress, closing(metrics), _saver(config, engine, store, identity, progress) as saver:
         progress.say(_greeting(config, state, engine))
         for key, (before, now) in changes.items():
@@ -253,18 +253,18 @@ def _first_prefix(config: TrainingRun) -> Path:
     return train_data if isinstance(train_data, Path) else train_data[0].prefix
 
 
-def _open_metrics(config: TrainingRun, state: TrainState, mesh: Mesh) -> tuple[Metrics, CutOff]:
+def _open_metrics(config: TrainingRun, state: TrainState, mesh: Mesh, say: Say) -> tuple[Metrics, CutOff]:
     if not mesh.is_main:
-        return Metrics([]), CutOff()
+        return Metrics([], say), CutOff()
     run_dir = config.run.dir
     last_kept = state.step or -1  # a run that starts at step 0 evaluates there again
-    jsonl = JsonlSink(run_dir / "metrics.jsonl", last_kept)
+    jsonl = JsonlSink(run_dir / "metrics.jsonl", last_kept, say)
     sinks: list[Sink] = [jsonl]
     if config.log.tensorboard:
         sinks.append(TensorBoardSink(run_dir / "tensorboard", last_kept))
     if config.log.wandb_project is not None:
         sinks.append(WandbSink(config.log.wandb_project, run_dir, json.loads(config.model_dump_json())))
-    return Metrics(sinks), jsonl.cut_off
+    return Metrics(sinks, say), jsonl.cut_off
 
 
 def _open_validation(config: TrainingRun, plan: BatchPlan, mesh: Mesh) -> ValidationBatches | None:
@@ -293,13 +293,9 @@ class _Story:
         self.progress.say(message)
 
     def event(self, name: str, step: int, **details: Any) -> None:
-        """A line of events.jsonl; a disk that is too full for it ends no run."""
-        if not self.is_main:
-            return
-        try:
+        """A line of events.jsonl."""
+        if self.is_main:
             log_event(self.run_dir, name, step, **details)
-        except OSError as error:
-            self.progress.say(f"warning: {self.run_dir / 'events.jsonl'}: {name} not written: {error.strerror}")
 
 
 def _mfu_per_token_rate(config: TrainingRun, plan: BatchPlan, mesh: Mesh) -> float | None:

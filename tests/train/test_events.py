@@ -18,14 +18,14 @@ def row(step, seconds):
 
 def test_what_a_killed_process_had_done_since_its_checkpoint_is_told_at_the_next_start(tmp_path):
     metrics = tmp_path / "metrics.jsonl"
-    sink = JsonlSink(metrics, -1)
+    sink = JsonlSink(metrics, -1, print)
     for step in range(1, 7):
         sink.write(row(step, 0.5))
     sink.write({"step": 6, "val_loss": 4.0, "val_seconds": 2.0})
     sink.close()
     ended_at = time.time() - 3600
     os.utime(metrics, (ended_at, ended_at))
-    sink = JsonlSink(metrics, 4)
+    sink = JsonlSink(metrics, 4, print)
     sink.close()
     assert (sink.cut_off.steps, sink.cut_off.seconds) == (2, 1.0)
     log_start(tmp_path, 4, sink.cut_off, world_size=2)
