@@ -17,8 +17,9 @@ from pydantic import (
 from pydantic_core import CoreSchema, core_schema
 
 from data_pipeline.filters.registry import build_filters
+from data_pipeline.sources.credentials import check_no_credentials
 from megagpt.config.load import Section
-from megagpt.errors import ConfigError
+from megagpt.errors import ConfigError, DataError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -296,6 +297,16 @@ class DataJob(Section):
                 f"mixture.by is {self.mixture.by}, but all sources are packed into one file, which cannot be weighted; "
                 "set pack.per_source=true"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_addresses(self) -> DataJob:
+        for number, source in enumerate(self.sources):
+            for key in ("path", "prefix"):
+                try:
+                    check_no_credentials(getattr(source, key), f"sources.{number}.{key}")
+                except DataError as error:
+                    raise ValueError(str(error)) from None
         return self
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from data_pipeline.sources.credentials import check_no_credentials
 from data_pipeline.sources.record import CHUNK_BYTES
 from data_pipeline.sources.remote import RemoteFile, is_final
 from megagpt.errors import DataError
@@ -71,7 +72,7 @@ def read_paths_file(path: Path) -> list[str]:
     """The lines of a text file, plain or gzip, without blank ones and comments (#).
 
     Raises:
-        DataError: it is missing, damaged, not UTF-8, holds no line, or one twice.
+        DataError: it is missing, damaged, not UTF-8, holds no line, one twice, or one with a secret in it.
     """
     try:
         data = path.read_bytes()
@@ -86,6 +87,8 @@ def read_paths_file(path: Path) -> list[str]:
     lines = [line for line in lines if line and not line.startswith("#")]
     if not lines:
         raise DataError(f"{path}: the list of paths is empty; it holds one path or address a line")
+    for number, line in enumerate(lines, start=1):
+        check_no_credentials(line, f"{path}: entry {number}")
     twice = next((line for line, n in Counter(lines).items() if n > 1), None)
     if twice is not None:
         raise DataError(f"{path}: {twice} is listed twice; its documents would be read twice")

@@ -128,7 +128,7 @@ def launcher_environment(environment: Mapping[str, str], files: Iterable[Path]) 
             name, equals, value = line.partition("=")
             if not equals:
                 raise ConfigError(
-                    f"{path}:{number}: {line!r} is not of the form NAME=VALUE; "
+                    f"{path}:{number}: not of the form NAME=VALUE; "  # the line itself may be a secret
                     "the deepspeed launcher reads no blank lines and no comments"
                 )
             found[name.strip()] = value.strip()

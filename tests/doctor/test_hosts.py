@@ -64,7 +64,7 @@ def test_the_launchers_variables(tmp_path):
 
 def test_a_line_that_the_launcher_stumbles_over_is_named(tmp_path):
     (tmp_path / "env").write_text("A=1\n\n")
-    with pytest.raises(ConfigError, match=r"env:2: '' is not of the form NAME=VALUE; .* no blank lines"):
+    with pytest.raises(ConfigError, match=r"env:2: not of the form NAME=VALUE; .* no blank lines"):
         launcher_environment({}, [tmp_path / "env"])
 
 
