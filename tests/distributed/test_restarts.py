@@ -1,0 +1,84 @@
+"""Every way in which a rank can stop working, under the supervisor: the run ends with the weights of a calm one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import psutil
+import pytest
+
+from tests.distributed.processes import start, train_command
+from tests.distributed.runs import metric_rows
+from tests.distributed.test_launcher import LAUNCHER, ROOT
+from tests.distributed.test_resume import files_of
+from tests.tiny import run_words
+
+pytestmark = [pytest.mark.exhaustive, pytest.mark.timeout(400)]
+
+STEPS = 12
+FAULTY = """
+import os, sys
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from megagpt.train.run import exit_process, main
+from tests.distributed.faults import FAULTS, Fault
+
+fault, happened = Fault({kind!r}, {rank}, {at}), Path({happened!r} + os.environ["RANK"])
+if int(os.environ["RANK"]) == fault.rank and not happened.exists():
+    happened.touch()
+    FAULTS[fault.kind](fault)
+exit_process(main(sys.argv[1:], os.environ))
+"""
+SUPERVISED = """
+import os, sys
+from pathlib import Path
+from megagpt.supervise.supervisor import Patience, Supervisor
+
+supervisor = Supervisor(Path(sys.argv[1]), lambda: sys.argv[2:], os.environ, Patience(1, 0.2), print)
+sys.exit(supervisor.run())
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "world_size", "rank", "at", "layout"),
+    [
+        ("killed", 2, 1, 6, ["parallel.zero_stage=2"]),
+        ("stopped", 2, 0, 6, ["parallel.zero_stage=3"]),
+        ("sleeps in loader", 2, 1, 6, ["parallel.tensor=2"]),
+        ("sleeps in step", 4, 3, 6, ["parallel.pipeline=2", "parallel.tensor=2"]),
+        ("sleeps in eval", 2, 0, 2, []),
+        ("sleeps in save", 2, 1, 3, []),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_run_ends_as_a_calm_one(kind, world_size, rank, at, layout, tmp_path, tokens, val_tokens):
+    usual = [f"data.val={val_tokens}", "eval.every=4", "eval.sequences=8", "checkpoint.save_every=3"]
+    usual += [f"train.max_steps={STEPS}", "model.dropout=0.1", *layout]
+    words = run_words(tmp_path / "run", tokens, *usual)
+    deadlines = [f"watch.{phase}_seconds=6" for phase in ("step", "eval", "save")]
+    script, supervise, log = tmp_path / "faulty.py", tmp_path / "supervise.py", tmp_path / "log"
+    happened = str(tmp_path / "happened.")
+    script.write_text(FAULTY.format(root=str(ROOT), kind=kind, rank=rank, at=at, happened=happened))
+    supervise.write_text(textwrap.dedent(SUPERVISED))
+    port = str(20_000 + os.getpid() % 20_000)
+    launcher = [str(LAUNCHER), "--num_accelerators", str(world_size), "--master_port", port, str(script)]
+    with log.open("wb") as out:
+        done = subprocess.run(
+            [sys.executable, str(supervise), str(tmp_path / "run"), *launcher, *words, *deadlines],
+            stdout=out, stderr=subprocess.STDOUT, check=False, cwd=ROOT,
+        )  # fmt: skip
+    assert done.returncode == 0, log.read_text()[-5000:]
+    calm = start(train_command, world_size, run_words(tmp_path / "calm", tokens, *usual), log=tmp_path / "calm.log")
+    calm.finish()
+    assert files_of(tmp_path / "run", STEPS) == files_of(tmp_path / "calm", STEPS)
+    assert metric_rows(tmp_path / "run") == metric_rows(tmp_path / "calm")
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    names = [event["event"] for event in events if event["event"] != "saved"]
+    assert names == ["started", "hung", "failed", "resumed", "finished"], names
+    assert events[[event["event"] for event in events].index("hung")]["ranks"] == [rank]
+    here = str(tmp_path)
+    assert [one.pid for one in psutil.process_iter(["cmdline"]) if here in " ".join(one.info["cmdline"] or ())] == []
