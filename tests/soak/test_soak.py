@@ -150,7 +150,7 @@ def test_a_run_under_random_faults_ends_bit_for_bit_as_the_one_without(tmp_path,
         with suppress(ProcessLookupError):
             run.process.terminate()
             run.process.wait(120)
-    assert injected.total() >= 2 * minutes
+    assert injected.total() >= minutes
     words = run_words(tmp_path / "calm", tokens, *common, f"train.max_steps={steps}")
     start(train_command, 2, words, log=tmp_path / "calm.log").finish(7200)
     assert files_of(run.run_dir, steps) == files_of(tmp_path / "calm", steps)
