@@ -24,6 +24,7 @@ from megagpt.engine.disk import ScratchFile, reserve_for, swapping_through
 from megagpt.engine.ds_config import ds_config
 from megagpt.engine.gate import Gate
 from megagpt.engine.inspect import BadGradients, NonFinite, depth_of, gradients_inspected, origins
+from megagpt.engine.op_lock import use_locks_that_end_with_their_process
 from megagpt.engine.replicas import bad_weights, check_replicas
 from megagpt.engine.sharded import fill_in_parts
 from megagpt.engine.sharded_muon import ShardedMuon
@@ -65,6 +66,7 @@ class StepOutcome:
 
 def init_distributed(timeout: timedelta, *, device_type: Literal["cuda", "cpu"]) -> None:
     """Join the process group that the launcher's environment describes."""
+    use_locks_that_end_with_their_process()  # DeepSpeed loads an operation now, others with the optimizer
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 has renamed: nothing that a user could change.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
