@@ -17,8 +17,8 @@ import tiktoken
 from numpy.typing import NDArray
 
 from data_pipeline import fast_bpe_kernels as kernels
-from data_pipeline.text_classes import N_CODE_POINTS
 from megagpt.byte_bpe import GPT2_PATTERN, SINGLE_DIGITS_PATTERN, THREE_DIGITS_PATTERN
+from megagpt.text.text_classes import N_CODE_POINTS
 from megagpt.tokenizer import TokenArray
 
 UInt8Array = NDArray[np.uint8]

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.dedup.code_points import code_point_at
-from data_pipeline.word_hashes import mix
+from megagpt.text.word_hashes import mix
 
 UInt8Array = NDArray[np.uint8]
 UInt32Array = NDArray[np.uint32]

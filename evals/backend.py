@@ -1,54 +1,55 @@
 """Our decoder as lm-eval sees a model: log-likelihoods, rolling log-likelihoods and generation, in memory.
 
-No response cache: lm-eval's is not keyed by the model. Nothing is cut without being counted: `truncated` says for each
-task which documents lost the beginning of their prompt.
+What inputs share runs once (`evals.prefix_tree`). No response cache of lm-eval's: it is not keyed by the model; answers
+of a killed evaluation are in `evals.answers`. Nothing is cut without being counted: `truncated` says for each task
+which documents lost the beginning of their prompt.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-import torch
+import numpy as np
+import numpy.typing as npt
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from torch import Tensor
 
+from evals.answers import AnswerStore, request_hash
 from evals.decoding import GenerationSettings, generate_texts
+from evals.encoding import encode_pairs
+from evals.forwards import Answer, PlanRunner
+from evals.prefix_tree import Continuation, cut_in_parts, plan_forwards
+from evals.sharing import Sharing
 from megagpt.errors import EvalError
-from megagpt.model.decoder import Decoder
+from megagpt.generate import Model
 from megagpt.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from megagpt.model.scoring import ScoringModel
 
 DEFAULT_MAX_GEN_TOKS = 256
 """Tokens to generate where a task does not say. Source: lm-eval 0.4.13, HFLM.max_gen_toks."""
 
-LOGIT_BYTES = 256 << 20
-"""Most memory that the logits of one projection may take, in fp32."""
-
 T = TypeVar("T")
 
-Request = tuple[Any, list[int], list[int]]
+_Prompt = tuple[int, list[int], str]
+"""(number of the request, token ids, name of what it draws)."""
+
+Request = tuple[Any, Sequence[int], Sequence[int]]
 """lm-eval's (strings, context tokens, continuation tokens)."""
+
+
+OnScored = Callable[[Continuation, Answer], None]
+"""Told a continuation and its answer."""
 
 
 class UnscorableError(EvalError):
     """A request that this model cannot answer at any batch size, such as one longer than its context."""
-
-
-@dataclass(frozen=True, slots=True)
-class Continuation:
-    """The last `n_scored` predictions of one input."""
-
-    inputs: tuple[int, ...]
-    targets: tuple[int, ...]
-
-    @property
-    def n_scored(self) -> int:
-        """Tokens that are scored."""
-        return len(self.targets)
 
 
 class MegaGPTLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
@@ -56,23 +57,27 @@ class MegaGPTLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 
     def __init__(
         self,
-        model: Decoder,
+        model: Model,
         tokenizer: Tokenizer,
         *,
         max_seq_len: int,
-        device: str | torch.device = "cpu",
         batch_size: int = 16,
+        share_prefixes: bool = True,
+        answers: AnswerStore | None = None,
         on_progress: Callable[[int, int], None] | None = None,
+        sharing: Sharing | None = None,
     ) -> None:
-        """Wrap a model that is in evaluation mode and on `device`.
+        """Wrap a model that is in evaluation mode, on its device.
 
         Args:
-            model: the decoder.
+            model: the decoder, whole or shared by processes that all ask the same.
             tokenizer: the one it was trained with.
             max_seq_len: longest input, in tokens.
-            device: where the model is.
             batch_size: sequences a forward pass.
+            share_prefixes: whether what inputs have in common at the beginning runs once.
+            answers: what an earlier evaluation of the same left, and where answers are kept until the task is done.
             on_progress: told how many requests of the present kind are answered, and of how many.
+            sharing: this process's part of the work; None where it is alone.
 
         Raises:
             EvalError: the batch is empty or the tokenizer has more tokens than the model.
@@ -89,11 +94,22 @@ class MegaGPTLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         self.tokenizer = tokenizer
         self.max_length = max_seq_len
         self.batch_size = batch_size
+        self.share_prefixes = share_prefixes
         self.truncated: dict[str, set[int]] = {}
         """Task -> documents whose prompt lost its beginning in at least one request."""
-        self._device = torch.device(device)
+        self.tokens_computed = 0
+        """Tokens that ran through the model so that continuations could be scored; generation is not counted."""
+        self.tokens_naive = 0
+        """What it would have been with one input a request."""
+        self.n_forwards = 0
+        """Forward passes for scoring."""
+        self.n_resumed = 0
+        """Requests whose answer an earlier evaluation had left."""
+        self._device = model.device
+        self._answers = answers
+        self._sharing = sharing or Sharing()
         self._on_progress = on_progress or (lambda _done, _total: None)
-        self._done = self._total = 0
+        self._done = self._shown = self._total = 0
 
     @property
     def eot_token_id(self) -> int:
@@ -110,12 +126,23 @@ class MegaGPTLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         disable_tqdm: bool = True,  # noqa: ARG002, FBT001, FBT002 - lm-eval's signature
     ) -> list[tuple[float, bool]]:
         """(sum of log-probabilities in nats, is it the greedy continuation) of each continuation."""
-        self._begin(len(requests))
-        encoded = [(request.args, *self._encode_request(*request.args)) for request in requests]
-        for request, (_, context, continuation) in zip(requests, encoded, strict=True):
+        return [(answer.total, answer.is_greedy) for _, answer in self.score(requests)]
+
+    def score(self, requests: Sequence[Instance]) -> list[tuple[Continuation, Answer]]:
+        """What was run and scored for each request of a log-likelihood, and every token's log-probability."""
+        self._begin(requests)
+        pairs = [request.args for request in requests]
+        continuations = []
+        # Equal inputs are one object: the four letters of a question would hold its whole prompt four times.
+        known: dict[bytes, bytes] = {}
+        encoded = encode_pairs(self.tokenizer, pairs, self.prefix_token_id)
+        for request, (context, continuation) in zip(requests, encoded, strict=True):
             if len(context) + len(continuation) > self.max_length + 1:
                 self._count_truncated(request)
-        return self._loglikelihood_tokens(encoded)
+            fitted = self._fit(context, continuation)
+            inputs = known.setdefault(fitted.inputs, fitted.inputs)
+            continuations.append(Continuation(inputs, fitted.targets))
+        return list(zip(continuations, self._score_all(continuations, self._advance), strict=True))
 
     def loglikelihood_rolling(
         self,
@@ -123,20 +150,19 @@ class MegaGPTLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         disable_tqdm: bool = True,  # noqa: ARG002, FBT001, FBT002 - lm-eval's signature
     ) -> list[float]:
         """Log-probability of each whole text, in nats; every token is predicted once, none is cut."""
-        self._begin(len(requests))
-        windows: list[Request] = []
+        self._begin(requests)
+        windows: list[Continuation] = []
         owners: list[int] = []
         for index, request in enumerate(requests):
             (text,) = request.args
             for window in get_rolling_token_windows(
                 self.tok_encode(text), self.prefix_token_id, self.max_length, context_len=1
             ):
-                context, continuation = make_disjoint_window(window)
-                windows.append((None, context, continuation))
+                windows.append(self._fit(*make_disjoint_window(window)))
                 owners.append(index)
         totals = [0.0] * len(requests)
-        for owner, (log_probability, _) in zip(owners, self._score_all(windows), strict=True):
-            totals[owner] += log_probability
+        for owner, answer in zip(owners, self._score_all(windows), strict=True):
+            totals[owner] += answer.total
         self._advance(len(requests))
         return totals
 
@@ -150,35 +176,62 @@ class MegaGPTLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         Raises:
             UnscorableError: a task asks for as many new tokens as the model's context holds.
         """
-        self._begin(len(requests))
-        by_settings: dict[GenerationSettings, list[tuple[int, list[int]]]] = {}
+        self._begin(requests)
+        by_settings: dict[GenerationSettings, list[_Prompt]] = {}
+        repeats: dict[tuple[str, Any, int], int] = {}
         for index, request in enumerate(requests):
             context, arguments = request.args
             settings = self._generation_settings(request, arguments)
-            room = self.max_length - settings.max_new_tokens
+            room = self.room_for_prompt(request, arguments)
             tokens = self.tok_encode(context) or [self.prefix_token_id]
             if len(tokens) > room:
                 self._count_truncated(request)
-            by_settings.setdefault(settings, []).append((index, tokens[-room:]))
+            name = (str(request.task_name), request.doc_id, request.idx)
+            repeats[name] = repeats.get(name, -1) + 1
+            # Drawn numbers are the document's own, and its repeat's: they do not depend on who shares its batch.
+            row_name = f"{name[0]}/{name[1]}/{name[2]}/{repeats[name]}"
+            by_settings.setdefault(settings, []).append((index, tokens[-room:], row_name))
         texts: dict[int, str] = {}
         for settings, prompts in by_settings.items():
-            # Longest first: what runs out of memory does so at once. Similar lengths share a batch.
-            prompts.sort(key=lambda prompt: (-len(prompt[1]), prompt[1]))
-            for number, batch in enumerate(_chunks(prompts, self.batch_size)):
-                found = generate_texts(self.model, self.tokenizer, [tokens for _, tokens in batch], settings, number)
-                texts.update(zip((index for index, _ in batch), found, strict=True))
-                self._advance(len(batch))
+            texts |= self._generate_all(settings, prompts)
         return [texts[index] for index in range(len(requests))]
 
-    def _encode_request(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """As `TemplateLM.loglikelihood`: an empty context becomes the end-of-text token."""
-        if context:
-            pair: tuple[list[int], list[int]] = self._encode_pair(context, continuation)
-            return pair
-        tokens = self.tok_encode(continuation)
-        if tokens[:1] == [self.prefix_token_id]:
-            return tokens[:1], tokens[1:]
-        return [self.prefix_token_id], tokens
+    def room_for_prompt(self, request: Instance, arguments: dict[str, Any]) -> int:
+        """Tokens of a prompt that fit beside the new ones."""
+        return self.max_length - self._generation_settings(request, arguments).max_new_tokens
+
+    def _generate_all(self, settings: GenerationSettings, prompts: Sequence[_Prompt]) -> dict[int, str]:
+        """Texts by the prompts' numbers, from the store or the model."""
+        described = asdict(settings)
+        texts: dict[int, str] = {}
+        asked: list[tuple[_Prompt, str]] = []
+        for prompt in prompts:
+            index, tokens, row_name = prompt
+            drawn = row_name if settings.sampling.temperature > 0 else ""
+            identity = request_hash("text", json.dumps(tokens), described, drawn)
+            found = None if self._answers is None else self._answers.get(identity)
+            if found is None:
+                asked.append((prompt, identity))
+            else:
+                texts[index] = found
+        self._resumed(len(texts))
+        # Longest first: what runs out of memory does so at once. Similar lengths share a batch.
+        asked.sort(key=lambda item: (-len(item[0][1]), item[0][1], item[0][0]))
+        batches = list(_chunks(asked, self.batch_size))
+
+        def write(batch: Sequence[tuple[_Prompt, str]]) -> list[str]:
+            rows, names = [tokens for (_, tokens, _), _ in batch], [name for (_, _, name), _ in batch]
+            found = generate_texts(self.model, self.tokenizer, rows, settings, names)
+            if self._answers is not None and self._sharing.keeps_answers:
+                for (_, identity), text in zip(batch, found, strict=True):
+                    self._answers.put(identity, text)
+            return found
+
+        for number, written in self._sharing.map(batches, write):
+            batch = batches[number]
+            texts.update(zip((index for (index, _, _), _ in batch), written, strict=True))
+            self._advance(len(batch))
+        return texts
 
     def _generation_settings(self, request: Instance, arguments: dict[str, Any]) -> GenerationSettings:
         known = dict(normalize_gen_kwargs(arguments, DEFAULT_MAX_GEN_TOKS))
@@ -190,91 +243,99 @@ class MegaGPTLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             )
         return settings
 
-    def _begin(self, total: int) -> None:
-        self._done, self._total = 0, total
+    def _begin(self, requests: Sequence[Instance]) -> None:
+        self._done, self._shown, self._total = 0, 0, len(requests)
+        self._sharing.check_same("the requests", ((request.task_name, request.args) for request in requests))
 
     def _advance(self, n: int) -> None:
+        """Tell of progress; a thousand times at most, for there may be a hundred thousand requests."""
         self._done += n
-        self._on_progress(self._done, self._total)
+        if self._done == self._total or self._done - self._shown >= self._total / 1000:
+            self._shown = self._done
+            self._on_progress(self._done, self._total)
+
+    def _resumed(self, n: int) -> None:
+        self.n_resumed += n
+        if n:
+            self._advance(n)
 
     def _count_truncated(self, request: Instance) -> None:
         self.truncated.setdefault(str(request.task_name), set()).add(int(request.doc_id or 0))
 
     def _loglikelihood_tokens(self, requests: Sequence[Request], **_: Any) -> list[tuple[float, bool]]:
-        return self._score_all(requests, self._advance)
+        continuations = [self._fit(context, continuation) for _, context, continuation in requests]
+        return [(answer.total, answer.is_greedy) for answer in self._score_all(continuations, self._advance)]
 
     def _score_all(
-        self, requests: Sequence[Request], on_progress: Callable[[int], None] | None = None
-    ) -> list[tuple[float, bool]]:
-        """Score token requests; equal inputs run once (the four letters of a multiple-choice question)."""
-        continuations = [self._fit(context, continuation) for _, context, continuation in requests]
-        sharing: dict[tuple[int, ...], list[int]] = {}
+        self, continuations: Sequence[Continuation], on_progress: Callable[[int], None] | None = None
+    ) -> list[Answer]:
+        """Answers from the store or the model; equal continuations are asked once."""
+        asking: dict[Continuation, list[int]] = {}
         for index, continuation in enumerate(continuations):
-            sharing.setdefault(continuation.inputs, []).append(index)
-        answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-        inputs = sorted(sharing, key=lambda tokens: (-len(tokens), tokens))
-        for batch in _chunks(inputs, self.batch_size):
-            rows = [(row, index) for row, tokens in enumerate(batch) for index in sharing[tokens]]
-            found = self._score(batch, [(row, continuations[index]) for row, index in rows])
-            for (_, index), answer in zip(rows, found, strict=True):
-                answers[index] = answer
-            if on_progress is not None:
-                on_progress(len(rows))
-        return answers
+            asking.setdefault(continuation, []).append(index)
+        answers: dict[Continuation, Answer] = {}
+        identities: dict[Continuation, str] = {}
+        if self._answers is not None:
+            for each in asking:
+                identities[each] = request_hash("score", each.inputs, each.targets)
+                if (stored := self._answers.get(identities[each])) is not None:
+                    answers[each] = Answer(tuple(stored[0]), tuple(map(bool, stored[1])))
+        self._resumed(sum(len(asking[each]) for each in answers) if on_progress else 0)
+        open_ones = [each for each in asking if each not in answers]
 
-    def _fit(self, context: list[int], continuation: list[int]) -> Continuation:
+        def store(each: Continuation, answer: Answer) -> None:
+            if self._answers is not None and self._sharing.keeps_answers:
+                self._answers.put(identities[each], [answer.log_probabilities, [int(flag) for flag in answer.greedy]])
+
+        def receive(each: Continuation, answer: Answer) -> None:
+            answers[each] = answer
+            if on_progress is not None:
+                on_progress(len(asking[each]))
+
+        self._run(open_ones, store, receive)
+        self.tokens_naive += sum(each.n_inputs for each in continuations)
+        return [answers[each] for each in continuations]
+
+    def _run(self, asked: Sequence[Continuation], store: OnScored, receive: OnScored) -> None:
+        """Score these through the model: `store` is told here of what is computed here, `receive` of everything."""
+        n_parts = self._sharing.n_parts(len(asked))
+        parts = [list(asked)] if n_parts == 1 else cut_in_parts(asked, n_parts)
+
+        def score(part: Sequence[Continuation]) -> tuple[list[Answer], int, int]:
+            found: dict[int, Answer] = {}
+
+            def on_answer(number: int, answer: Answer) -> None:
+                found[number] = answer
+                store(part[number], answer)
+                if alone:
+                    receive(part[number], answer)
+
+            plan = plan_forwards(part, share_prefixes=self.share_prefixes)
+            runner = PlanRunner(cast("ScoringModel", self.model), part, self.batch_size, on_answer)
+            runner.run(plan)
+            return [found[number] for number in range(len(part))], runner.n_forwards, plan.n_tokens
+
+        alone = n_parts == 1
+        for number, (answers, n_forwards, n_tokens) in self._sharing.map(parts, score):
+            self.n_forwards += n_forwards
+            self.tokens_computed += n_tokens
+            for each, answer in () if alone else zip(parts[number], answers, strict=True):
+                receive(each, answer)
+
+    def _fit(self, context: npt.ArrayLike, continuation: npt.ArrayLike) -> Continuation:
         """The input and what is scored of it; what does not fit is cut from the left of the context."""
-        if not context or not continuation:
+        before, scored = np.asarray(context, dtype=np.int64), np.asarray(continuation, dtype=np.int64)
+        if not len(before) or not len(scored):
             raise UnscorableError(
-                f"a request of {len(context)} context and {len(continuation)} continuation tokens cannot be scored; "
+                f"a request of {len(before)} context and {len(scored)} continuation tokens cannot be scored; "
                 "each needs at least one: the tokenizer merges the continuation into its context"
             )
-        if len(continuation) > self.max_length:
+        if len(scored) > self.max_length:
             raise UnscorableError(
-                f"a continuation of {len(continuation)} tokens is longer than the model's context of {self.max_length}"
+                f"a continuation of {len(scored)} tokens is longer than the model's context of {self.max_length}"
             )
-        tokens = (context + continuation)[-(self.max_length + 1) :]
-        return Continuation(tuple(tokens[:-1]), tuple(continuation))
-
-    @torch.inference_mode()
-    def _score(
-        self, inputs: Sequence[tuple[int, ...]], wanted: Sequence[tuple[int, Continuation]]
-    ) -> list[tuple[float, bool]]:
-        """One forward pass; the head sees only the positions before scored tokens.
-
-        Args:
-            inputs: longest first. They are padded on the right, which a causal model does not see.
-            wanted: (row of `inputs`, continuation).
-        """
-        width = len(inputs[0])
-        padded = [[*tokens, *[0] * (width - len(tokens))] for tokens in inputs]
-        hidden = self.model.hidden(torch.tensor(padded, device=self.device))  # (B, T, C)
-        flat = hidden.flatten(0, 1)
-        positions: list[int] = []
-        targets: list[int] = []
-        for row, continuation in wanted:
-            end = row * width + len(inputs[row])
-            positions += range(end - continuation.n_scored, end)
-            targets += continuation.targets
-        chosen = flat[torch.tensor(positions, device=self.device)]
-        log_probabilities, greedy = self._project(chosen, torch.tensor(targets, device=self.device))
-        answers = []
-        start = 0
-        for _, continuation in wanted:
-            part = slice(start, start + continuation.n_scored)
-            answers.append((float(log_probabilities[part].sum()), bool(greedy[part].all())))
-            start = part.stop
-        return answers
-
-    def _project(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, C) and (N,) -> fp32 log-probabilities of the targets (N,), and whether each is the argmax (N,)."""
-        rows = max(1, LOGIT_BYTES // (4 * self.model.sizes.vocab_size))
-        values, greedy = [], []
-        for part, target in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):
-            logits = self.model.head(part).float()
-            values.append(logits.log_softmax(dim=-1).gather(1, target[:, None])[:, 0])
-            greedy.append(logits.argmax(dim=-1) == target)
-        return torch.cat(values).cpu(), torch.cat(greedy).cpu()
+        tokens = np.concatenate((before, scored))[-(self.max_length + 1) :]
+        return Continuation.of(tokens[:-1], scored.tolist())
 
 
 def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -25,6 +25,22 @@ Configs = dict[str, dict[str, Rows]]
 MMLU_SUBJECTS = 57
 MMLU_TEST_ROWS = 14042
 
+OFFICIAL_DOCUMENTS: dict[str, int] = {
+    "arc_easy": 2376,
+    "arc_challenge": 1172,
+    "hellaswag": 10042,
+    "gsm8k": 1319,
+    "truthfulqa_mc1": 817,
+    "truthfulqa_mc2": 817,
+    "truthfulqa_gen": 817,
+    "piqa": 1838,
+    "winogrande": 1267,
+    "lambada_openai": 5153,
+    "boolq": 3270,
+    "openbookqa": 500,
+}
+"""Task -> documents that are scored, of the split that its definition takes."""
+
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -201,6 +217,31 @@ def _read_truthfulqa(folder: Path) -> Configs:
     return {"multiple_choice": {"validation": rows}}
 
 
+def _read_truthfulqa_generation(folder: Path) -> Configs:
+    """The rows that the hub's loader makes of the authors' CSV: lists of answers are cut at semicolons."""
+    path = folder / "TruthfulQA.csv"
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        rows = [
+            {
+                "type": row["Type"],
+                "category": row["Category"],
+                "question": row["Question"],
+                "best_answer": row["Best Answer"],
+                "correct_answers": [answer.strip() for answer in row["Correct Answers"].strip().split(";")],
+                "incorrect_answers": [answer.strip() for answer in row["Incorrect Answers"].strip().split(";")],
+                "source": row["Source"],
+            }
+            for row in csv.DictReader(io.StringIO(text, newline=""))
+        ]
+    except (OSError, UnicodeDecodeError, KeyError, AttributeError, csv.Error) as error:
+        raise EvalError(
+            f"{path}: not a CSV file with the header Type,Category,Question,Best Answer,Correct Answers,"
+            f"Incorrect Answers,Source: {type(error).__name__} {error}"
+        ) from None
+    return {"generation": {"validation": rows}}
+
+
 def _load_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -301,6 +342,16 @@ BENCHMARKS: dict[str, Benchmark] = {
         read=_read_truthfulqa,
         sha256={"data_mc_task.json": "b3799639bc76c939836d587de7d30b48d91012cb34be04806d33106ce06c162a"},
         origin="github.com/sylinrl/TruthfulQA data/mc_task.json (Apache-2.0)",
+    ),
+    "truthfulqa_gen": Benchmark(
+        name="truthfulqa_gen",
+        folder="truthfulqa",
+        files=("TruthfulQA.csv",),
+        hub_id="truthfulqa/truthful_qa",
+        rows={"validation": 817},
+        read=_read_truthfulqa_generation,
+        sha256={"TruthfulQA.csv": "f9bd9e859cc102cb1f647f1064da7e009be752c416845cf9fa56e6eaae403a7d"},
+        origin="github.com/sylinrl/TruthfulQA TruthfulQA.csv (Apache-2.0)",
     ),
     "humaneval": Benchmark(
         name="humaneval",

@@ -21,6 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from evals.benchmarks import BENCHMARKS, Benchmark, Configs
+from evals.mt_bench.data import copy_files as copy_mt_bench
+from evals.mt_bench.data import describe as describe_mt_bench
+from evals.sandbox.run import probe
 from megagpt.atomic import write_file
 from megagpt.errors import EvalError
 
@@ -98,6 +101,7 @@ def prepare(source: Path, out: Path) -> PreparedReport:
         )
         for name, found in report.benchmarks.items()
     }
+    copy_mt_bench(source, out)
     finished = PreparedReport(source, benchmarks)
     content = {"format": FORMAT, "benchmarks": {name: asdict(found) for name, found in benchmarks.items()}}
     write_file(out / PREPARED, json.dumps(content, indent=1).encode())
@@ -166,12 +170,30 @@ def data_hash(folder: Path, configs: set[str]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def doctor(data_dir: Path) -> str:
-    """A table of what is there, counts, hashes, what is missing and how to get it."""
-    report = _read_prepared(data_dir) if (data_dir / PREPARED).is_file() else _read_all(data_dir)[0]
+def doctor(data_dir: Path | None) -> str:
+    """What is there, counts, hashes, what is missing and how to get it; and whether this host has the sandbox."""
     console = Console(file=io.StringIO(), width=120, record=True)
-    console.print(report.table())
+    if data_dir is not None:
+        report = _read_prepared(data_dir) if (data_dir / PREPARED).is_file() else _read_all(data_dir)[0]
+        console.print(report.table())
+        for line in (describe_mt_bench(data_dir), *_other_data_sets(data_dir)):
+            console.print(line, highlight=False, markup=False)
+    console.print(str(probe()), highlight=False, markup=False)
     return console.export_text()
+
+
+def _other_data_sets(data_dir: Path) -> list[str]:
+    """Hub-shaped folders of data sets that need no preparation: a line of files and hash each."""
+    known = {benchmark.hub_id for benchmark in BENCHMARKS.values()}
+    lines = []
+    for card in sorted(data_dir.glob("*/*/README.md")):
+        hub_id = str(card.parent.relative_to(data_dir))
+        if hub_id not in known:
+            files = sorted(str(path.relative_to(card.parent)) for path in card.parent.rglob("*.jsonl"))
+            lines.append(
+                f"{hub_id}: {', '.join(files) or 'no jsonl files'}; sha256 {data_hash(card.parent, set())[:16]}"
+            )
+    return lines
 
 
 def _read_all(source: Path) -> tuple[PreparedReport, dict[str, Configs]]:

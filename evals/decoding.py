@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megagpt.errors import EvalError
-from megagpt.generate import Sampling, generate
-from megagpt.model.decoder import Decoder
+from megagpt.generate import Model, Sampling, generate
 from megagpt.tokenizer import Tokenizer
 
 _LOOK_BACK = 8
@@ -48,14 +47,13 @@ class GenerationSettings:
         )
         return cls(int(arguments["max_gen_toks"]), tuple(stop for stop in arguments["until"] if stop), sampling)
 
-    def batch_sampling(self, batch: int) -> Sampling:
-        """Equal prompts in different batches (repeats of one question) must not draw the same numbers."""
-        drawn = self.sampling
-        return Sampling(drawn.temperature, drawn.top_k, drawn.top_p, seed=drawn.seed + batch)
-
 
 def generate_texts(
-    model: Decoder, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], settings: GenerationSettings, batch: int = 0
+    model: Model,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationSettings,
+    row_names: Sequence[str] | None = None,
 ) -> list[str]:
     """Continue each prompt and cut the text before the first stop string.
 
@@ -64,7 +62,7 @@ def generate_texts(
         tokenizer: the model's. Rows of the model's vocabulary that it does not know have no text.
         prompts: token ids; run as one batch.
         settings: when to stop and how to choose.
-        batch: number of this batch, for sampling.
+        row_names: as for `megagpt.generate.generate`.
     """
     written: list[list[int]] = [[] for _ in prompts]
     look_back = _LOOK_BACK + max((len(stop.encode()) for stop in settings.stops), default=0)
@@ -79,9 +77,10 @@ def generate_texts(
         model,
         prompts,
         settings.max_new_tokens,
-        settings.batch_sampling(batch),
+        settings.sampling,
         stop_ids=(tokenizer.eot_id,),
         on_token=has_stopped,
+        row_names=row_names,
     )
     return [cut_at_first_stop(tokenizer.decode(tokens), settings.stops) for tokens in written]
 

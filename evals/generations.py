@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from evals.report_inputs import GENERATIONS_FILE
+from evals.sample_files import GENERATIONS_FILE
 from megagpt.atomic import write_file
 from megagpt.checkpoint.open import open_checkpoint
 from megagpt.errors import EvalError

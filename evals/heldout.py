@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
+from evals.sharing import Sharing
 from megagpt.data.indexed import TokenFile
 from megagpt.data.manifest import read_manifest
 from megagpt.errors import EvalError
-from megagpt.model.decoder import Decoder
+from megagpt.model.scoring import ScoringModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +45,14 @@ class HeldoutLoss:
 
 
 def heldout_loss(
-    model: Decoder,
+    model: ScoringModel,
     prefix: Path,
     *,
     max_seq_len: int,
     n_windows: int | None = None,
     batch_size: int = 16,
     on_windows: Callable[[int, int], None] | None = None,
+    sharing: Sharing | None = None,
 ) -> HeldoutLoss:
     """Score the stream of tokens in windows that do not overlap; each token but the very first is predicted once.
 
@@ -65,6 +66,7 @@ def heldout_loss(
         n_windows: only the first ones; None for all.
         batch_size: windows a forward pass.
         on_windows: told how many windows are scored, and of how many.
+        sharing: this process's part of the work; None where it is alone.
 
     Raises:
         DataError: the pair is missing or damaged.
@@ -78,42 +80,43 @@ def heldout_loss(
     if chosen < 1:
         raise EvalError(f"{n_windows} windows of {prefix} were asked for; must be 1 or more")
     sums, counts = [], []
-    for first in range(0, chosen, batch_size):
-        batch = range(first, min(first + batch_size, chosen))
-        for window_sum, count in _score_batch(model, tokens, batch, max_seq_len):
+    batches = [range(first, min(first + batch_size, chosen)) for first in range(0, chosen, batch_size)]
+
+    def score(batch: range) -> list[tuple[float, int]]:
+        return _score_batch(model, tokens, batch, max_seq_len)
+
+    for number, found in (sharing or Sharing()).map(batches, score):
+        for window_sum, count in found:
             sums.append(window_sum)
             counts.append(count)
         if on_windows is not None:
-            on_windows(batch.stop, chosen)
+            on_windows(batches[number].stop, chosen)
     nats, stderr = _ratio(np.array(sums), np.array(counts, dtype=np.float64))
     return HeldoutLoss(chosen, total, sum(counts), nats, stderr, _bytes_per_token(prefix, tokens))
 
 
 @torch.inference_mode()
-def _score_batch(model: Decoder, tokens: TokenFile, batch: range, length: int) -> list[tuple[float, int]]:
+def _score_batch(model: ScoringModel, tokens: TokenFile, batch: range, length: int) -> list[tuple[float, int]]:
     """(sum of nats, tokens) of each window."""
-    device = model.embedding.tokens.weight.device
     windows = []
     for index in batch:
         start = index * length
         windows.append(tokens.window(start, min(length + 1, tokens.n_tokens - start)).astype(np.int64))
-    width = max(window.size for window in windows)
-    padded = np.zeros((len(windows), width), dtype=np.int64)
+    counts = [window.size - 1 for window in windows]
+    inputs = np.zeros((len(windows), max(counts)), dtype=np.int64)
     for row, window in enumerate(windows):
-        padded[row, : window.size] = window
-    if padded.max() >= model.sizes.vocab_size:
+        inputs[row, : counts[row]] = window[:-1]
+    targets = np.concatenate([window[1:] for window in windows])
+    largest = max(inputs.max(), targets.max())
+    if largest >= model.sizes.vocab_size:
         raise EvalError(
-            f"{tokens.prefix}: holds token {padded.max()}, but the model knows 0 to {model.sizes.vocab_size - 1}; "
+            f"{tokens.prefix}: holds token {largest}, but the model knows 0 to {model.sizes.vocab_size - 1}; "
             "were the tokens made with another tokenizer?"
         )
-    block = torch.from_numpy(padded).to(device)
-    hidden = model.hidden(block[:, :-1])  # (B, T, C); padding on the right is not seen
-    found = []
-    for row, window in enumerate(windows):
-        count = window.size - 1
-        logits = model.head(hidden[row, :count]).float()
-        found.append((float(F.cross_entropy(logits, block[row, 1 : count + 1], reduction="sum")), count))
-    return found
+    wanted = np.concatenate([row * inputs.shape[1] + np.arange(n) for row, n in enumerate(counts)])
+    block, wanted_, targets_ = (torch.from_numpy(each).to(model.device) for each in (inputs, wanted, targets))
+    scores, _ = model.score(block, model.new_cache(*inputs.shape), counts, wanted_, targets_)
+    return [(-float(part.double().sum()), n) for part, n in zip(torch.split(scores, counts), counts, strict=True)]
 
 
 def _ratio(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:

@@ -10,14 +10,16 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lm_eval.api.task import Task
 
+from evals.humaneval import HUMANEVAL, item_rows
 from evals.scoring import quiet_bars
 from evals.suites import resolve_tasks
-from evals.task_loader import TaskUnavailableError, load_task, plan_task
+from evals.task_loader import DataOrigin, TaskUnavailableError, load_task, plan_task
 from megagpt.atomic import write_file
 from megagpt.errors import EvalError
 
@@ -37,30 +39,59 @@ def write_items(names: tuple[str, ...], data_dir: Path | None, out: Path, suites
     Raises:
         EvalError: an unknown task, or tasks whose data cannot be reached (all of them named); nothing is written then.
     """
+    items = collect_items(names, data_dir, suites_dir).items
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_file(out, b"".join(map(_line, items)))
+    n_tasks = len({row["task"] for row in items})
+    return f"{out}: {len(items)} items of {n_tasks} task{'' if n_tasks == 1 else 's'}"
+
+
+@dataclass(frozen=True)
+class Items:
+    """The documents of tasks."""
+
+    items: list[dict[str, Any]]
+    """`task` (the leaf), `id`, `texts`; each document once."""
+    data: dict[str, str]
+    """Task or group that was asked for -> what identifies its rows: their hash, or where they come from."""
+    leaves: dict[str, list[str]]
+    """Task or group that was asked for -> its leaf tasks."""
+
+
+def collect_items(names: tuple[str, ...], data_dir: Path | None, suites_dir: Path) -> Items:
+    """The documents of all tasks; arguments and errors as of `write_items`."""
     tasks = [task.task for task in resolve_tasks(names, suites_dir) if task.task != "heldout"]
-    lines: dict[tuple[str, int], bytes] = {}
-    counts: dict[str, int] = {}
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    data: dict[str, str] = {}
+    leaves: dict[str, list[str]] = {}
     problems = []
     with tempfile.TemporaryDirectory() as cache_dir, quiet_bars():
         for name in tasks:
             try:
-                leaves = load_task(plan_task(name, data_dir, Path(cache_dir))).tasks
+                rows, origin = _rows_of(name, data_dir, Path(cache_dir))
             except TaskUnavailableError as error:
                 problems.append(f"{name}: {error}")
                 continue
-            for leaf, task in leaves.items():
-                found = {(leaf, row["id"]): _line(row) for row in _rows(leaf, task)}
-                counts[leaf] = len(found)
-                lines |= found
+            data[name] = origin.sha256 or f"{origin.origin} {origin.path_or_id}"
+            leaves[name] = list(rows)
+            for leaf, documents in rows.items():
+                found |= {(leaf, row["id"]): row for row in documents}
     if problems:
         raise EvalError("no items were written, because these tasks cannot be loaded:\n" + "\n".join(problems))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_file(out, b"".join(lines.values()))
-    return f"{out}: {len(lines)} items of {len(counts)} task{'' if len(counts) == 1 else 's'}"
+    return Items(list(found.values()), data, leaves)
 
 
 def _line(row: dict[str, Any]) -> bytes:
     return json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+
+
+def _rows_of(name: str, data_dir: Path | None, cache_dir: Path) -> tuple[dict[str, list[dict[str, Any]]], DataOrigin]:
+    """Leaf tasks with their documents, and where these come from."""
+    if name == HUMANEVAL:  # lm-eval's definition of it runs code when it is loaded
+        rows, origin = item_rows(data_dir, cache_dir)
+        return {name: rows}, origin
+    loaded = load_task(plan_task(name, data_dir, cache_dir))
+    return {leaf: list(_rows(leaf, task)) for leaf, task in loaded.tasks.items()}, loaded.data
 
 
 def _rows(leaf: str, task: Task) -> Iterator[dict[str, Any]]:

@@ -14,8 +14,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 # Colours that stay apart for colour-blind readers. Source: Okabe and Ito 2008, "Color universal design".
-BLUE, VERMILLION, GREEN, PURPLE, ORANGE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#666666"
-PALETTE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, "#56B4E9", "#000000")
+BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
+# Stand for the page's own colours, which are others in the dark; `_to_svg` puts these in.
+INK, GRID = "#010203", "#040506"
+PALETTE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, INK)
+MARKERS = "os^Dv<>P"
+_PAGE_COLORS = {INK: "currentColor", GRID: "var(--grid)"}
 
 _STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # a dollar in a task's name is a dollar
@@ -24,9 +28,17 @@ _STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": GREY,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "axes.grid": True,
-    "grid.color": "#e4e4e4",
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
     "legend.frameon": False,
 }
 
@@ -41,6 +53,8 @@ class Line:
     color: str = BLUE
     points: bool = False
     """Mark each value: for curves of few values."""
+    dashed: bool = False
+    """Of somebody else, for reference."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +75,12 @@ def line_chart(
     x_scale: Literal["linear", "log"] = "linear",
     y_scale: Literal["linear", "log"] = "linear",
     from_zero: bool = False,
-    width: float = 4.0,
+    size: tuple[float, float] = (4.0, 2.7),
+    x_label: str = "step",
 ) -> str:
-    """Curves over optimizer steps; `width` in inches of a page of about ten."""
+    """Curves over optimizer steps, or what `x_label` says; `size` in inches of a page of about ten."""
     with mpl.rc_context({**_STYLE, "svg.hashsalt": title}):
-        figure, axes = _figure(width, 2.7)
+        figure, axes = _figure(*size)
         for line in lines:
             axes.plot(
                 line.x,
@@ -74,14 +89,14 @@ def line_chart(
                 linewidth=1.6 if line.points else 1.1,
                 marker="o" if line.points or len(line.x) < 3 else None,
                 markersize=3.5,
+                linestyle="--" if line.dashed else "-",
                 label=line.label,
             )
         axes.set_xscale(x_scale)
         axes.set_yscale(y_scale)
         for axis, scale in ((axes.xaxis, x_scale), (axes.yaxis, y_scale)):
             if scale == "log":
-                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                axis.set_major_formatter(FuncFormatter(_plain_number))
+                _log_ticks(axis, line_values(lines, of_x=axis is axes.xaxis))
                 axis.set_minor_formatter(NullFormatter())
         if x_scale == "linear":
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -90,11 +105,37 @@ def line_chart(
             axes.yaxis.set_major_formatter(EngFormatter(sep=""))
         if from_zero:
             axes.set_ylim(bottom=0)
-        axes.set_xlabel("step" + (" (log)" if x_scale == "log" else ""))
+        axes.set_xlabel(x_label + (" (log)" if x_scale == "log" else ""))
         axes.set_ylabel(y_label + (" (log)" if y_scale == "log" else ""))
         axes.set_title(title, loc="left", fontsize=11)
         if len(lines) > 1:
             axes.legend(fontsize=9)
+        return _to_svg(figure, title)
+
+
+def step_chart(title: str, lines: Sequence[Line], bands: Sequence[Sequence[tuple[float, float] | None]]) -> str:
+    """Scores over steps, each with its 95 % interval as a bar.
+
+    Args:
+        title: of the task.
+        lines: one a metric; a dashed one for chance.
+        bands: of each line the interval at each value; none of chance.
+    """
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": title}):
+        figure, axes = _figure(4.0, 2.5)
+        for i, (line, band) in enumerate(zip(lines, bands, strict=True)):
+            style: dict[str, Any] = (
+                {"linestyle": ":", "linewidth": 1.2} if line.dashed else {"marker": MARKERS[i], "markersize": 4}
+            )
+            axes.plot(line.x, line.y, color=line.color, label=line.label, **style)
+            for x, interval in zip(line.x, band, strict=True):
+                if interval is not None:
+                    axes.plot((x, x), interval, color=line.color, linewidth=1.2, alpha=0.6)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.set_xlabel("step")
+        axes.set_title(title, loc="left", fontsize=11)
+        axes.legend(fontsize=8)
         return _to_svg(figure, title)
 
 
@@ -135,6 +176,79 @@ def bar_chart(title: str, bars: Sequence[tuple[str, float]]) -> str:
         return _to_svg(figure, title)
 
 
+@dataclass(frozen=True)
+class Family:
+    """Published models of one kind: a curve over their sizes."""
+
+    label: str
+    parameters: Sequence[float]
+    values: Sequence[float]
+
+
+def size_chart(title: str, families: Sequence[Family], ours: Bar, parameters: float, *, y_label: str) -> str:
+    """Scores over the number of parameters: others' as curves, ours as a star with its interval."""
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": title}):
+        figure, axes = _figure(5.6, 3.0)
+        for i, family in enumerate(families):
+            axes.plot(
+                family.parameters,
+                family.values,
+                color=PALETTE[(i + 1) % len(PALETTE)],  # the first one is ours
+                marker=MARKERS[i % len(MARKERS)],
+                markersize=4.5,
+                linewidth=1.0,
+                label=family.label,
+            )
+        if ours.interval is not None:
+            axes.plot((parameters, parameters), ours.interval, color=BLUE, linewidth=2)
+        axes.plot(
+            (parameters,), (ours.value,), color=BLUE, marker="*", markersize=15, linestyle="none", label=ours.label
+        )
+        if ours.chance is not None:
+            axes.axhline(ours.chance, color=INK, linestyle=":", linewidth=1)
+            axes.annotate(
+                "chance", (1, ours.chance), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
+            )
+        axes.set_xscale("log")
+        sizes = [parameters, *(size for family in families for size in family.parameters)]
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3) if max(sizes) < 3e3 * min(sizes) else (1,)))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("parameters (log)")
+        axes.set_ylabel(y_label)
+        axes.set_title(title, loc="left", fontsize=11)
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        return _to_svg(figure, title)
+
+
+def heat_color(value: float | None, chance: float | None) -> str:
+    """Background of a heat map's cell: blue above chance, vermillion below, fainter the nearer.
+
+    Both are seen apart by colour-blind readers, on white and on black; the number stands in the cell as well.
+    """
+    if value is None:
+        return "transparent"
+    middle = 0.5 if chance is None else chance
+    away = (value - middle) / max(middle, 1 - middle)
+    rgb = "0 114 178" if away >= 0 else "213 94 0"
+    return f"rgb({rgb} / {min(0.75, abs(away)):.2f})"
+
+
+def line_values(lines: Sequence[Line], *, of_x: bool) -> list[float]:
+    """All values of one axis."""
+    return [value for line in lines for value in (line.x if of_x else line.y)]
+
+
+def _log_ticks(axis: Any, values: Sequence[float]) -> None:
+    """1, 2, 5 over few decades; powers of ten with their SI prefix over many."""
+    if max(values) > 1e4 * min(values):
+        axis.set_major_locator(LogLocator(subs=(1,)))
+        axis.set_major_formatter(EngFormatter(sep=""))
+    else:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(EngFormatter(sep="") if max(values) >= 1000 else FuncFormatter(_plain_number))
+
+
 def _plain_number(value: float, _position: int) -> str:
     return f"{value:g}"
 
@@ -150,6 +264,8 @@ def _to_svg(figure: Figure, title: str) -> str:
     figure.savefig(buffer, format="svg", metadata=nothing)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
+    for stand_in, color in _PAGE_COLORS.items():
+        svg = svg.replace(stand_in, color)
     prefix = re.sub(r"\W+", "-", title.lower()).strip("-")
     # Several charts share a page: element ids must differ between them.
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', svg)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evals.contamination_file import CONTAMINATION_FILE, Contamination, read_contamination
 from evals.results import TaskResult
+from evals.sample_files import GENERATIONS_FILE, read_results, step_folders
 from megagpt.checkpoint.store import CheckpointStore
 from megagpt.checkpoint.store import read_manifest as read_checkpoint
 from megagpt.config.load import load_config
@@ -17,14 +18,11 @@ from megagpt.config.schema import TrainingRun
 from megagpt.data.manifest import read_manifest
 from megagpt.errors import CheckpointError, EvalError
 
-GENERATIONS_FILE = "generations.json"
 HELDOUT_TASK = "heldout"
 DATA_REPORT_FORMAT = 2
 """Of report.json; data_pipeline/summary.py writes it, and a test compares."""
 
 Row = dict[str, Any]
-
-_STEP_FOLDER = re.compile(r"step_(\d+)")
 
 
 @dataclass(frozen=True)
@@ -32,6 +30,7 @@ class StepEvals:
     """Everything measured on one checkpoint."""
 
     step: int
+    folder: Path
     results: tuple[TaskResult, ...]
     generations: tuple[Row, ...]
 
@@ -68,6 +67,8 @@ class RunFolder:
     checkpoints: dict[int, str]
     """Step -> hash of the weights, of every checkpoint that is still there."""
     data: tuple[DataTrail, ...]
+    contamination: Contamination | None
+    """Benchmark documents in the training tokens; None where nobody has looked."""
     missing: tuple[str, ...]
     """What the report cannot show, and what would provide it."""
 
@@ -98,6 +99,7 @@ def read_run_folder(run_dir: Path) -> RunFolder:
         evals=_read_evals(run_dir / "evals", missing),
         checkpoints=_read_checkpoints(run_dir / "checkpoints", missing),
         data=_read_data(config, missing),
+        contamination=_read_contamination(run_dir / "evals" / CONTAMINATION_FILE, missing),
         missing=tuple(missing),
     )
 
@@ -147,20 +149,26 @@ def _check_numbers(row: Mapping[str, Any], where: str) -> None:
 
 
 def _read_evals(folder: Path, missing: list[str]) -> tuple[StepEvals, ...]:
-    found = []
-    for step_dir in sorted(folder.glob("step_*")) if folder.is_dir() else []:
-        match = _STEP_FOLDER.fullmatch(step_dir.name)
-        if match is None:
-            continue
-        files = sorted(path for path in step_dir.glob("*.json") if path.name != GENERATIONS_FILE)
-        results = tuple(TaskResult.read(path) for path in files)
-        found.append(StepEvals(int(match[1]), results, _read_generations(step_dir / GENERATIONS_FILE)))
-    found.sort(key=lambda evals: evals.step)
+    found = [
+        StepEvals(step, path, read_results(path), _read_generations(path / GENERATIONS_FILE))
+        for step, path in step_folders(folder)
+    ]
     if not any(evals.results for evals in found):
         missing.append(f"{folder}: no scores; `megagpt eval run --checkpoint {folder.parent}` makes them")
     if not any(evals.generations for evals in found):
         missing.append(f"{folder}: no sample texts; `megagpt report {folder.parent} --samples` makes them")
     return tuple(found)
+
+
+def _read_contamination(path: Path, missing: list[str]) -> Contamination | None:
+    if path.is_file():
+        return read_contamination(path)
+    run_dir = path.parent.parent
+    missing.append(
+        f"{path}: no such file; whether the training tokens hold benchmark documents is not known; "
+        f"`megagpt eval contamination --checkpoint {run_dir} --tasks ...` finds out"
+    )
+    return None
 
 
 def _read_generations(path: Path) -> tuple[Row, ...]:

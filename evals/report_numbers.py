@@ -34,12 +34,27 @@ def duration(seconds: float | None) -> str:
 
 def score(value: float | None) -> str:
     """A score or a loss: four decimals."""
-    return "not a number" if value is None else f"{value:.4f}"
+    return "not a number" if value is None or value != value else f"{value:.4f}"
 
 
 def interval(bounds: tuple[float, float] | None) -> str:
     """A 95 % interval."""
     return "none" if bounds is None else f"{bounds[0]:.4f} to {bounds[1]:.4f}"
+
+
+def signed(value: float) -> str:
+    """A difference: its sign is always there."""
+    return f"{value:+.4f}"
+
+
+def signed_interval(bounds: tuple[float, float]) -> str:
+    """The 95 % interval of a difference."""
+    return f"{signed(bounds[0])} to {signed(bounds[1])}"
+
+
+def p_value(p: float) -> str:
+    """Three decimals; what is smaller is only said to be so."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def percent(fraction: float) -> str:

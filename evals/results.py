@@ -12,12 +12,11 @@ from typing import Any, Literal
 
 from rich.table import Table
 
+from evals.stats import normal_interval, wilson_interval
 from megagpt.atomic import write_file
 from megagpt.errors import EvalError
 
 FORMAT = 1
-Z95 = 1.959963984540054
-"""Quantile of the standard normal distribution at 0.975."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,16 @@ class TaskResult:
     truncated: int = 0
     """Documents whose prompt lost its beginning because it exceeds the model's context."""
     seconds: float = 0.0
+    tokens_computed: int = 0
+    """Tokens that ran through the model to score continuations; what inputs share counts once."""
+    tokens_naive: int = 0
+    """What they would be with one input a request."""
+    answers_resumed: int = 0
+    """Requests whose answers an earlier, killed evaluation had left."""
+    answers_damaged: int = 0
+    """Lines that it left and that could not be read; those requests ran again."""
+    batch_invariant: bool | None = None
+    """Whether the scores are the same bit for bit at any batch size, checked on this machine; None: not known."""
     subtasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Of a group: name -> n and metrics."""
     samples: str | None = None
@@ -68,7 +77,7 @@ class TaskResult:
         """The file's content."""
         content = {"format": FORMAT, **asdict(self)}
         del content["reused"]
-        return json.dumps(_without_nan(content), indent=1, ensure_ascii=False).encode() + b"\n"
+        return json.dumps(without_nan(content), indent=1, ensure_ascii=False).encode() + b"\n"
 
     @classmethod
     def read(cls, path: Path) -> TaskResult:
@@ -93,7 +102,7 @@ class TaskResult:
         named = self
         if samples:
             named = replace(self, samples=f"{self.task}.samples.jsonl")
-            lines = "".join(json.dumps(_without_nan(sample), ensure_ascii=False) + "\n" for sample in samples)
+            lines = "".join(json.dumps(without_nan(sample), ensure_ascii=False) + "\n" for sample in samples)
             write_file(folder / f"{self.task}.samples.jsonl", lines.encode())
         write_file(folder / f"{self.task}.json", named.to_json())
         return named
@@ -104,25 +113,12 @@ def hash_settings(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def wilson_interval(successes: float, n: int, z: float = Z95) -> tuple[float, float]:
-    """Interval of a proportion that keeps its coverage near 0 and 1.
-
-    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference", equation for p.
-    """
-    if n == 0:
-        raise ValueError("a proportion of no trials has no interval")
-    p = successes / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
 def make_metric(value: float, stderr: float | None, n: int, *, is_proportion: bool, higher_is_better: bool) -> Metric:
     """A metric with Wilson's interval for shares of right answers, the normal one for other means."""
     known = None if stderr is None or math.isnan(stderr) else stderr
     if is_proportion and n:
         return Metric(value, known, wilson_interval(value * n, n), higher_is_better)
-    interval = None if known is None else (value - Z95 * known, value + Z95 * known)
+    interval = None if known is None else normal_interval(value, known)
     return Metric(value, known, interval, higher_is_better)
 
 
@@ -161,12 +157,12 @@ def _with_tuple(metric: dict[str, Any]) -> dict[str, Any]:
     return {**metric, "value": value, "ci95": None if interval is None else (float(interval[0]), float(interval[1]))}
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """JSON has no NaN or infinity."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _without_nan(item) for key, item in value.items()}
+        return {str(key): without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
+        return [without_nan(item) for item in value]
     return value

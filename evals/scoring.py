@@ -38,20 +38,23 @@ class Scores:
     samples: list[dict[str, Any]]
 
 
-def score_task(lm: MegaGPTLM, loaded: LoadedTask, limit: int | None) -> Scores:
+def score_task(
+    lm: MegaGPTLM, loaded: LoadedTask, limit: int | None, *, bootstrap: int = BOOTSTRAP_ITERATIONS
+) -> Scores:
     """Evaluate one task or group.
 
     Args:
         lm: a fresh backend: its truncation counts become this task's.
         loaded: the tasks.
         limit: score only the first documents of each task; None for all.
+        bootstrap: iterations, for metrics that need it; 0 leaves their standard error out.
     """
     with quiet_bars():
         found = evaluate(
             lm,
             {"tasks": loaded.tasks, "groups": loaded.groups},
             limit=limit,
-            bootstrap_iters=BOOTSTRAP_ITERATIONS,
+            bootstrap_iters=bootstrap,
             log_samples=True,
         )
     samples: dict[str, list[dict[str, Any]]] = found["samples"]

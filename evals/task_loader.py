@@ -26,7 +26,7 @@ from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from evals.benchmarks import BENCHMARKS, check_mmlu
+from evals.benchmarks import OFFICIAL_DOCUMENTS, check_mmlu
 from evals.data import data_hash, locate
 from megagpt.errors import EvalError
 
@@ -93,7 +93,9 @@ def plan_task(name: str, data_dir: Path | None, cache_dir: Path) -> TaskPlan:
     definitions = {leaf: load_yaml(index[leaf].yaml_path, resolve_func=False) for leaf in _leaves(index, name)}
     unsafe = sorted(leaf for leaf, definition in definitions.items() if definition.get("unsafe_code"))
     if unsafe:
-        raise TaskUnavailableError(f"{', '.join(unsafe)} runs code that the model wrote; there is no sandbox yet")
+        raise TaskUnavailableError(
+            f"{', '.join(unsafe)} runs code that the model wrote; of such tasks megagpt runs humaneval alone"
+        )
     own = index[name].yaml_path
     if own is not None and own.parent == OWN_TASKS:
         return _plan_own(name, index, definitions, cache_dir)
@@ -163,6 +165,37 @@ def load_task(plan: TaskPlan, n_shots: int | None = None, *, check_counts: bool 
     return loaded
 
 
+def data_sets(names: tuple[str, ...]) -> dict[str, list[str | None]]:
+    """The hub's data sets of tasks: id -> configs, None for the only one. Nothing is loaded.
+
+    Raises:
+        EvalError: there is no task of that name.
+    """
+    found: dict[str, list[str | None]] = {}
+    for name in names:
+        index = _find_index(name)
+        if index[name].yaml_path is not None and index[name].yaml_path.parent == OWN_TASKS:
+            continue
+        for leaf in _leaves(index, name):
+            definition = load_yaml(index[leaf].yaml_path, resolve_func=False)
+            configs = found.setdefault(str(definition["dataset_path"]), [])
+            if definition.get("dataset_name") not in configs:
+                configs.append(definition.get("dataset_name"))
+    return found
+
+
+def task_definition(name: str) -> dict[str, Any]:
+    """The keys of a task's YAML file; functions that it names stay names, and nothing is imported.
+
+    Raises:
+        EvalError: there is no task of that name, or it has no YAML file.
+    """
+    path = _find_index(name)[name].yaml_path
+    if path is None:
+        raise EvalError(f"task {name} has no YAML file in lm-eval {lm_eval.__version__}")
+    return dict(load_yaml(path, resolve_func=False))
+
+
 def hub_problem() -> str | None:
     """Why the hub cannot be reached, found out within seconds; None where it can, or where only its cache is asked."""
     if hub_constants.is_offline_mode():
@@ -176,9 +209,9 @@ def hub_problem() -> str | None:
 
 
 def _find_index(name: str) -> Mapping[str, Entry]:
-    """Definitions by name: ours, the folder of lm-eval that is named like the task, or (seconds) all of lm-eval's."""
-    named_alike = LM_EVAL_TASKS / name.split("_")[0]
-    folders = [OWN_TASKS, named_alike] if named_alike.is_dir() else [OWN_TASKS]
+    """Definitions by name: ours, the folders of lm-eval that are named like the task, or (seconds) all of lm-eval's."""
+    named_alike = [LM_EVAL_TASKS / name.split("_")[0], *(folder / name for folder in LM_EVAL_TASKS.iterdir())]
+    folders = [OWN_TASKS, *(folder for folder in named_alike if folder.is_dir())]
     index: Mapping[str, Entry] = TaskManager(include_path=folders, include_defaults=False).task_index
     if name in index:
         return index
@@ -271,11 +304,10 @@ def _check_counts(loaded: LoadedTask) -> None:
             check_mmlu(counts, loaded.data.path_or_id)
         except EvalError as error:
             raise TaskUnavailableError(str(error)) from None
-    if loaded.name in BENCHMARKS and loaded.name != "mmlu":
-        rows = BENCHMARKS[loaded.name].rows
-        expected = rows.get("test", rows.get("validation"))
-        if counts[loaded.name] != expected:
+    for name, count in counts.items():
+        expected = OFFICIAL_DOCUMENTS.get(name, count)
+        if count != expected:
             raise TaskUnavailableError(
-                f"{loaded.data.path_or_id}: {counts[loaded.name]} documents, the official one has {expected}: "
+                f"{loaded.data.path_or_id}: {name} has {count} documents, the official one has {expected}: "
                 "a part of a benchmark is not that benchmark"
             )

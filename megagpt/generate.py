@@ -38,7 +38,7 @@ class Sampling:
     top_p: float | None = None
     """Only the most likely tokens that together reach this probability (Holtzman et al. 2020, section 3.1)."""
     seed: int = 0
-    """Each row draws from a generator of its own, seeded by this and the row's number."""
+    """Each row draws from a generator of its own, seeded by this and the row's name."""
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
@@ -57,6 +57,8 @@ def generate(
     sampling: Sampling | None = None,
     stop_ids: Collection[int] = (),
     on_token: OnToken | None = None,
+    *,
+    row_names: Sequence[str] | None = None,
 ) -> list[list[int]]:
     """Continue each prompt.
 
@@ -67,6 +69,7 @@ def generate(
         sampling: greedy where None.
         stop_ids: a row ends before the first of these, which is not part of the result.
         on_token: sees every token of the result at once, and may end its row.
+        row_names: what a sampled row draws depends on its name; by default its number, "0", "1" ...
 
     Returns:
         The new tokens of each row: fewer than `max_new_tokens` only where the row was ended by one of the above.
@@ -78,7 +81,7 @@ def generate(
     results: list[list[int]] = [[] for _ in prompts]
     if not prompts or max_new_tokens == 0:
         return results
-    chooser = _Chooser(sampling or Sampling(), len(prompts))
+    chooser = _Chooser(sampling or Sampling(), row_names or [str(row) for row in range(len(prompts))])
     was_training = model.training
     model.eval()
     try:
@@ -166,9 +169,9 @@ class _Recorder:
 class _Chooser:
     """Next tokens from logits."""
 
-    def __init__(self, sampling: Sampling, n_rows: int) -> None:
+    def __init__(self, sampling: Sampling, row_names: Sequence[str]) -> None:
         self.sampling = sampling
-        self.generators = [torch.Generator().manual_seed(_row_seed(sampling.seed, row)) for row in range(n_rows)]
+        self.generators = [torch.Generator().manual_seed(_row_seed(sampling.seed, name)) for name in row_names]
 
     def choose(self, logits: Tensor, rows: Sequence[int]) -> list[int]:
         """(B, V) logits of these rows -> B tokens."""
@@ -199,8 +202,8 @@ def sample(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
     return tokens.gather(-1, torch.minimum(picked, kept - 1)).squeeze(-1)
 
 
-def _row_seed(seed: int, row: int) -> int:
-    digest = hashlib.sha256(f"{seed}:{row}".encode()).digest()
+def _row_seed(seed: int, name: str) -> int:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return int.from_bytes(digest[:8], "little", signed=True)
 
 

@@ -13,8 +13,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.text_classes import word_lower_case
-from data_pipeline.word_hashes import UInt64Array, code_points, hash_words, mix, ngram_hashes
+from megagpt.text.text_classes import word_lower_case
+from megagpt.text.word_hashes import UInt64Array, code_points, hash_words, mix, ngram_hashes
 
 UInt32Array = NDArray[np.uint32]
 

@@ -4,16 +4,8 @@
     items.parquet                                          task, id (JSON), how, n_words, n_ngrams
     index.json                                             lengths of the n-grams, and counts
 
-Which n-grams of an item count follows from the words of its longest text:
-
-    at least `ngram` (13)   every 13-gram of it and of its other texts. Source: Brown et al. 2020, appendix C
-    8 to 12                 every 8-gram; 8 is the shortest overlap that Brown et al. 2020 (table C.1) look at
-    5 to 7                  the whole text: a shorter one, `What is an atom?`, is anyone's sentence
-    fewer                   cannot be told from ordinary language: the item is counted and listed as not matchable
-
-A further text of an item that is too short for the item's n, such as the question without its answer, counts whole
-where it has 8 words or more. n-grams that more than MAX_ITEMS items of a task share are left out and counted; an item
-of nothing else is listed as not matchable too.
+Which n-grams of an item count says megagpt/text/ngrams.py. Those that more than MAX_ITEMS items of a task share are
+left out and counted; an item of nothing else is listed as not matchable, as one that is too short.
 """
 
 from __future__ import annotations
@@ -32,14 +24,11 @@ import pyarrow.parquet as pq
 from data_pipeline.decontamination.items import Item, item_files, read_items
 from data_pipeline.decontamination.ngram_table import NgramTable
 from data_pipeline.tasks import Counts, Progress
-from data_pipeline.word_hashes import UInt64Array, hash_words, ngram_hashes
 from megagpt.errors import DataError
+from megagpt.text.ngrams import LEAST_WORDS, item_ngrams
 
 ITEMS_FILE, INDEX_FILE = "items.parquet", "index.json"
 FORMAT = 1
-
-SHORT_NGRAM = 8
-LEAST_WORDS = 5
 
 _LISTED_IDS = 20
 
@@ -77,10 +66,13 @@ def write_index(folder: Path, items: tuple[Path, ...], ngram: int, progress: Pro
     with tempfile.TemporaryDirectory(dir=folder) as spool:
         table = NgramTable(Path(spool))
         for number, item in enumerate(_all_items(items, progress)):
-            how, n_words, hashes = _ngrams(item, ngram, lengths)
-            table.add(hashes, number)
+            found = item_ngrams(item.texts, ngram)
+            lengths |= found.lengths
+            table.add(found.hashes, number)
             tasks.setdefault(item.task, len(tasks))
-            for name, value in zip(rows, (item.task, orjson.dumps(item.id).decode(), how, n_words, 0), strict=True):
+            for name, value in zip(
+                rows, (item.task, orjson.dumps(item.id).decode(), found.how, found.n_words, 0), strict=True
+            ):
                 rows[name].append(value)
         task_of_item = np.array([tasks[task] for task in rows["task"]], np.int32)
         kept, n_unique, n_left_out = table.write(folder, task_of_item)
@@ -111,33 +103,6 @@ def _all_items(items: tuple[Path, ...], progress: Progress | None) -> Iterator[I
             yield item
         if progress is not None:
             progress(file.stat().st_size, 0)
-
-
-def _ngrams(item: Item, ngram: int, lengths: set[int]) -> tuple[str, int, UInt64Array]:
-    """How the item is matched, the words of its longest text, and its different n-grams' hashes."""
-    texts = [hash_words(text).hashes for text in item.texts]
-    longest = max(len(words) for words in texts)
-    used, how = _length(longest, ngram)
-    if used == 0:
-        return "too short", longest, np.empty(0, np.uint64)
-    parts = []
-    for words in texts:
-        length = used if len(words) >= used else len(words)
-        if len(words) >= used or len(words) >= SHORT_NGRAM:
-            lengths.add(length)
-            parts.append(ngram_hashes(words, length))
-    return how, longest, np.unique(np.concatenate(parts))
-
-
-def _length(n_words: int, ngram: int) -> tuple[int, str]:
-    """Words of an item's n-grams; 0 where it cannot be matched."""
-    if n_words >= ngram:
-        return ngram, f"{ngram}-gram"
-    if n_words >= SHORT_NGRAM:
-        return SHORT_NGRAM, f"{SHORT_NGRAM}-gram"
-    if n_words >= LEAST_WORDS:
-        return n_words, "whole"
-    return 0, "too short"
 
 
 def _summary(rows: dict[str, list[Any]]) -> dict[str, Any]:

@@ -6,17 +6,15 @@ import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
-import numba
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 
 from data_pipeline.decontamination.index import FORMAT, INDEX_FILE
 from data_pipeline.decontamination.ngram_table import BLOOM_FILE, HASHES_FILE, NUMBERS_FILE, OFFSETS_FILE
-from data_pipeline.word_hashes import BASE, UInt64Array, Words, hash_words, mix
 from megagpt.errors import DataError
-
-_FIRST_CAPACITY = 64
+from megagpt.text.ngrams import find_ngrams
+from megagpt.text.word_hashes import UInt64Array, Words, hash_words
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +66,8 @@ class Index:
     def find(self, text: str) -> list[Hit]:
         """The passages of `text` that items share with it, in order and without overlap."""
         words = hash_words(text)
-        capacity = _FIRST_CAPACITY
-        while True:
-            found = np.empty((3, capacity), np.int64)
-            n_found = _search(words.hashes, self.lengths, self.hashes, self.bloom, found)
-            if n_found <= capacity:
-                break
-            capacity = n_found
-        return self._hits(words, found[:, :n_found]) if n_found else []
+        found = find_ngrams(words.hashes, self.lengths, self.hashes, self.bloom)
+        return self._hits(words, found) if found.shape[1] else []
 
     def _hits(self, words: Words, found: NDArray[np.int64]) -> list[Hit]:
         """Passages out of the n-grams' first and last words and numbers, (3, n)."""
@@ -103,44 +95,3 @@ class Index:
     def _hit(self, start: int, end: int, ngrams: NDArray[np.int64]) -> Hit:
         items = np.unique(np.concatenate([self._items(ngram) for ngram in ngrams]))
         return Hit(start, end, tuple(ngrams.tolist()), tuple(items.tolist()))
-
-
-@numba.njit(cache=True, nogil=True)
-def _search(
-    words: UInt64Array,
-    lengths: NDArray[np.int64],
-    known: UInt64Array,
-    bloom: NDArray[np.uint8],
-    found: NDArray[np.int64],
-) -> int:
-    """Fill `found` with first word, last word and number of each n-gram, as far as it goes; how many there are."""
-    bits = np.uint64(0)
-    while (np.uint64(1) << bits) < np.uint64(8 * len(bloom)):
-        bits += np.uint64(1)
-    down, low = np.uint64(64) - bits, (np.uint64(1) << bits) - np.uint64(1)
-    base = np.uint64(BASE)
-    n_found = 0
-    for length in lengths:
-        leaving, value = np.uint64(1), np.uint64(0)
-        for _ in range(length):
-            leaving = leaving * base
-        for i in range(len(words)):
-            value = value * base + words[i]
-            if i >= length:
-                value = value - leaving * words[i - length]
-            if i < length - 1:
-                continue
-            ngram = mix(value ^ np.uint64(length))
-            if not (_is_set(bloom, ngram >> down) and _is_set(bloom, ngram & low)):
-                continue
-            place = np.searchsorted(known, ngram)
-            if place < len(known) and known[place] == ngram:
-                if n_found < found.shape[1]:
-                    found[0, n_found], found[1, n_found], found[2, n_found] = i - length + 1, i, place
-                n_found += 1
-    return n_found
-
-
-@numba.njit(cache=True, nogil=True, inline="always")
-def _is_set(bitmap: NDArray[np.uint8], bit: np.uint64) -> bool:
-    return bool((bitmap[bit >> np.uint64(3)] >> np.uint8(bit & np.uint64(7))) & np.uint8(1))

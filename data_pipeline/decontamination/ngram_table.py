@@ -14,18 +14,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.word_hashes import UInt64Array
+from megagpt.text.ngrams import MAX_ITEMS, bloom_bytes, set_bloom_bits
+from megagpt.text.word_hashes import UInt64Array
 
 HASHES_FILE, OFFSETS_FILE, NUMBERS_FILE, BLOOM_FILE = "hashes.npy", "offsets.npy", "item_numbers.npy", "bloom.npy"
 
-MAX_ITEMS = 10
-"""An n-gram that more items of one task share is the task's wording (`choose the option that best ...`) and not an
-item's. Brown et al. 2020, appendix C, ignore 13-grams in more than ten documents for a like reason."""
-
 _PARTITION_BITS = 5
 """Partitions are sorted one at a time: at 40 bytes an n-gram, 32 of them hold 800 million in 1 GB."""
-_BLOOM_BITS_A_NGRAM = 16
-_LEAST_BLOOM_BITS = 10
 _CHUNK = 1 << 20
 _PAIR = np.dtype([("hash", "<u8"), ("item", "<i4")])
 
@@ -129,13 +124,9 @@ def _add_header(raw: Path, path: Path, kind: str, length: int) -> None:
 
 
 def _write_bloom(folder: Path, n_ngrams: int) -> None:
-    """Two bits of each hash set: one numbered by its upper bits, one by its lower ones."""
     hashes = np.load(folder / HASHES_FILE, mmap_mode="r")
-    bits = max(_LEAST_BLOOM_BITS, (max(1, _BLOOM_BITS_A_NGRAM * n_ngrams) - 1).bit_length())
-    bloom = np.lib.format.open_memmap(folder / BLOOM_FILE, mode="w+", dtype=np.uint8, shape=((1 << bits) // 8,))
+    shape = (bloom_bytes(n_ngrams),)
+    bloom = np.lib.format.open_memmap(folder / BLOOM_FILE, mode="w+", dtype=np.uint8, shape=shape)
     for start in range(0, n_ngrams, _CHUNK):
-        chunk = np.asarray(hashes[start : start + _CHUNK])
-        for places in (chunk >> np.uint64(64 - bits), chunk & np.uint64((1 << bits) - 1)):
-            bit = np.left_shift(1, places & np.uint64(7)).astype(np.uint8)
-            np.bitwise_or.at(bloom, places >> np.uint64(3), bit)
+        set_bloom_bits(bloom, np.asarray(hashes[start : start + _CHUNK]))
     bloom.flush()

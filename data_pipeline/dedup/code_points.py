@@ -11,7 +11,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.word_hashes import mix
+from megagpt.text.word_hashes import mix
 
 # FNV-1a's start and prime. Source: Fowler, Noll, Vo, draft-eastlake-fnv, section 5.
 EMPTY_HASH = 0xCBF29CE484222325

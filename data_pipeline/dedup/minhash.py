@@ -27,8 +27,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from data_pipeline.shuffle import mix64
-from data_pipeline.text_classes import N_CODE_POINTS, word_lower_case
-from data_pipeline.word_hashes import mix
+from megagpt.text.text_classes import N_CODE_POINTS, word_lower_case
+from megagpt.text.word_hashes import mix
 
 UInt8Array = NDArray[np.uint8]
 UInt64Array = NDArray[np.uint64]

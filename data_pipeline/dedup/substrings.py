@@ -40,8 +40,8 @@ from data_pipeline.dedup.sorted_runs import RunWriter
 from data_pipeline.dedup.spans import RowReader
 from data_pipeline.dedup.text_batches import TextBatch, doc_id_range, text_batches
 from data_pipeline.tasks import Counts, Progress
-from data_pipeline.text_classes import N_CODE_POINTS, is_word_character
-from data_pipeline.word_hashes import BASE, mix
+from megagpt.text.text_classes import N_CODE_POINTS, is_word_character
+from megagpt.text.word_hashes import BASE, mix
 
 _SPACE, _WORD, _SIGN = 0, 1, 2
 UInt64Array = NDArray[np.uint64]

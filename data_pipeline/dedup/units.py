@@ -23,7 +23,7 @@ from data_pipeline.dedup.first_occurrence import OCCURRENCES_FILE, OCCURRENCES_S
 from data_pipeline.dedup.sorted_runs import RunWriter
 from data_pipeline.dedup.text_batches import TextBatch, text_batches
 from data_pipeline.tasks import Counts, Progress
-from data_pipeline.text_classes import N_CODE_POINTS, is_word_character
+from megagpt.text.text_classes import N_CODE_POINTS, is_word_character
 
 Unit = Literal["line", "paragraph"]
 

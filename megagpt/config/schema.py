@@ -302,12 +302,35 @@ class CheckpointSection(Section):
 
 
 class EvalSection(Section):
-    """Loss on the validation tokens during training."""
+    """Loss on the validation tokens and scores of benchmarks during training. Neither changes what is trained."""
 
     every: NonNegativeInt = 0
-    """Steps between evaluations; 0 means never."""
+    """Steps between evaluations of the loss; 0 means never."""
     sequences: PositiveInt = 256
     """Validation sequences an evaluation, the same ones each time; all of them where there are fewer."""
+    tasks: tuple[str, ...] = ()
+    """Suites (configs/evals) and tasks of lm-eval that are scored on the model while it trains. `heldout` in a suite is
+    left out: `every` is for that. Scores, and for multiple choice what moves before them, the bits per byte of the
+    right answer and its margin, go to metrics.jsonl and evals/training/ of the run."""
+    tasks_every: NonNegativeInt = 0
+    """Steps between them, also before the first step and after the last; 0 means never."""
+    tasks_limit: PositiveInt = 100
+    """Documents of each task, the first ones, or as many as its suite says where these are fewer."""
+    tasks_batch_size: PositiveInt = 16
+    """Sequences a forward pass of them."""
+    data: Path | None = None
+    """Folder of local benchmark data (`megagpt eval prepare`); what is not in it comes from the hub."""
+
+    @model_validator(mode="after")
+    def _check_tasks(self) -> EvalSection:
+        if self.tasks and not self.tasks_every:
+            raise ValueError(
+                f"tasks is {list(self.tasks)}, but tasks_every is 0: they would never be scored; "
+                "set eval.tasks_every, or leave eval.tasks out"
+            )
+        if self.tasks_every and not self.tasks:
+            raise ValueError(f"tasks_every is {self.tasks_every}, but tasks names none; set eval.tasks, as in [fast]")
+        return self
 
 
 class WatchSection(Section):

@@ -150,6 +150,16 @@ class Engine:
         """DeepSpeed's, for the files of this package."""
         return self._engine.optimizer
 
+    @property
+    def cuts_weights(self) -> bool:
+        """Each process holds a part of every weight; a weight is there while its module runs."""
+        return self._zero_stage == 3
+
+    @property
+    def stages(self) -> Sequence[range] | None:
+        """The layers of each stretch (indices into `Decoder.layers()`) where a process holds two of them."""
+        return None
+
     def train_step(
         self,
         micro_batches: Sequence[TokenBatch],

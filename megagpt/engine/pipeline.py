@@ -35,6 +35,7 @@ class PipelinedEngine(Engine):
 
     def _initialize(self, optimizer: torch.optim.Optimizer, config: TrainingRun) -> Any:
         self._is_v = config.parallel.pipeline_schedule == "dualpipev"
+        self._parts = plan_stages(config)
         self._computes_loss = n_parts(config.parallel) - 1 in held_parts(config.parallel, self.mesh.pipeline_rank)
         for name, parameter in self.model.named_parameters():
             # Of what two stages hold, DeepSpeed's gradient norm counts the first stage's.
@@ -64,6 +65,11 @@ class PipelinedEngine(Engine):
         for parameter in stages.parameters():
             parameter.ds_pipe_replicated = copies[id(parameter)]
         return stages
+
+    @property
+    def stages(self) -> Sequence[range] | None:
+        """As its base: in DualPipeV's V."""
+        return self._parts if self._is_v else None
 
     def train_step(
         self,

@@ -26,6 +26,7 @@ def _build_gpt2(config: GPT2Model) -> Decoder:
     sizes = DecoderSizes(
         vocab_size=config.vocab_size,
         max_seq_len=config.max_seq_len,
+        n_layer=config.n_layer,
         d_model=config.d_model,
         n_kv_head=config.n_head,
         d_head=config.d_model // config.n_head,
@@ -39,6 +40,7 @@ def _build_llama(config: LlamaModel) -> Decoder:
     sizes = DecoderSizes(
         vocab_size=config.vocab_size,
         max_seq_len=config.max_seq_len,
+        n_layer=config.n_layer,
         d_model=config.d_model,
         n_kv_head=config.n_kv_head,
         d_head=config.d_model // config.n_head,

@@ -16,7 +16,9 @@ from megagpt.model.context import Context, Contexts, packed_rows, whole_rows
 from megagpt.model.layers import AttentionCore, Block, Embedding, KVCache
 from megagpt.model.layout import Shard
 from megagpt.model.loss import next_token_nll
+from megagpt.model.packed import FAST, PackedStep, Packing
 from megagpt.model.rotary import Rotary
+from megagpt.model.scoring import score_targets
 
 EMBEDDING = "embedding.tokens.weight"
 HEAD = "head.weight"
@@ -30,6 +32,7 @@ class DecoderSizes:
     vocab_size: int
     max_seq_len: int
     """Tokens."""
+    n_layer: int
     d_model: int
     n_kv_head: int
     d_head: int
@@ -79,6 +82,8 @@ class Decoder(nn.Module):
         """(what `forward` gives, targets (B, T)) -> summed negative log-likelihood, nats, fp32."""
         self.contexts: Contexts = whole_rows
         """(B, T) document ids of a micro-batch, or None -> what its layers must know of them."""
+        self.packing: Packing = FAST
+        """How `decode` and `score` run: as fast as can be, or the same bit for bit in every batch."""
         self.shared_with_other_end: str | None = None
         """Parameter that the first and the last stage of a pipeline both hold: that of a tied head."""
         self.embedding = embedding
@@ -127,7 +132,8 @@ class Decoder(nn.Module):
 
     def new_cache(self, n_rows: int, n_slots: int) -> KVCache:
         """An empty key-value cache for `n_rows` sequences of at most `n_slots` tokens."""
-        shape = (n_rows, n_slots, self.sizes.n_kv_head, self.sizes.d_head)
+        slots = -(-n_slots // self.packing.key_multiple) * self.packing.key_multiple
+        shape = (n_rows, slots, self.sizes.n_kv_head, self.sizes.d_head)
         return KVCache(len(self.blocks), shape, like=self.embedding.tokens.weight.detach())
 
     def decode(self, tokens: Tensor, cache: KVCache, n_new: Sequence[int]) -> Tensor:
@@ -141,14 +147,27 @@ class Decoder(nn.Module):
         Returns:
             Logits (B, V) of the token that follows each row's last new one.
         """
-        hidden = self.decode_hidden(tokens, cache, n_new)
-        last = torch.tensor(n_new, device=hidden.device) - 1
-        return self.head(hidden[torch.arange(len(hidden), device=hidden.device), last])
+        step = PackedStep(tokens, cache, n_new, self.packing)
+        last = self._run(step)[0, step.last()]
+        return self.head(self.packing.fill(last))[: len(last)]
 
     def decode_hidden(self, tokens: Tensor, cache: KVCache, n_new: Sequence[int]) -> Tensor:
         """As `decode`, but (B, T, C) before the head; what stands behind a row's last token means nothing."""
-        step = cache.extend(n_new, tokens.shape[1])
-        x = self.embedding.at(tokens, step.positions)
+        step = PackedStep(tokens, cache, n_new, self.packing)
+        return step.unpacked(self._run(step), tokens.shape[1])
+
+    def score(
+        self, tokens: Tensor, cache: KVCache, n_new: Sequence[int], wanted: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As `ScoringModel.score`."""
+        step = PackedStep(tokens, cache, n_new, self.packing)
+        found = step.find(wanted, tokens.shape[1])
+        hidden = self._run(step)[0]
+        return score_targets(self.head, hidden, found, targets, n_logits=self.sizes.vocab_size, packing=self.packing)
+
+    def _run(self, step: PackedStep) -> Tensor:
+        """(1, M, C) before the head."""
+        x = self.embedding.at(step.tokens, step.positions)
         for index, block in enumerate(self.blocks):
             x = block.decode(x, step, index)  # type: ignore[operator]
         return self.final_norm(x)

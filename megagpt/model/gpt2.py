@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megagpt.model.context import WHOLE_ROWS, Context
-from megagpt.model.layers import Attention, AttentionCore, Block, CacheStep, Embedding, dropout_layer
+from megagpt.model.layers import Attention, AttentionCore, Block, Embedding, Step, dropout_layer
 
 
 class GPT2Embedding(Embedding):
@@ -53,11 +53,10 @@ class GPT2Attention(Attention):
         q, k, v = self._project(x)
         return self.dropout(self.output(self.core(q, k, v, context.visible)))
 
-    def decode(self, x: Tensor, step: CacheStep, layer: int) -> Tensor:
+    def decode(self, x: Tensor, step: Step, layer: int) -> Tensor:
         """(B, T, C) new tokens -> (B, T, C)."""
         q, k, v = self._project(x)
-        keys, values = step.append(layer, k, v)
-        return self.output(self.core.decode(q, keys, values, step.visible))
+        return self.output(step.attend(self.core, layer, q, k, v))
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Three views into one product, each (B, T, H, D)."""

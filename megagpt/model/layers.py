@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +27,15 @@ class KVCache:
     """
 
     def __init__(self, n_layer: int, shape: tuple[int, int, int, int], like: Tensor) -> None:
-        """Room for `shape` = (B, S, K, D) keys and values in each layer, with the device and type of `like`."""
-        self.keys = [like.new_zeros(shape) for _ in range(n_layer)]
-        self.values = [like.new_zeros(shape) for _ in range(n_layer)]
-        self.lengths = [0] * shape[0]
+        """Room for `shape` = (B, S, K, D) keys and values in each layer, with the device and type of `like`.
+
+        In memory a head's slots lie together, as matrix products want them.
+        """
+        B, n_slots, n_kv_head, d_head = shape
+        in_memory = (B, n_kv_head, n_slots, d_head)
+        self.keys = [like.new_zeros(in_memory).transpose(1, 2) for _ in range(n_layer)]
+        self.values = [like.new_zeros(in_memory).transpose(1, 2) for _ in range(n_layer)]
+        self.lengths = [0] * B
 
     @property
     def n_slots(self) -> int:
@@ -40,9 +45,40 @@ class KVCache:
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Drop every row but these, in this order."""
         index = torch.tensor(rows, device=self.keys[0].device)
-        self.keys = [keys.index_select(0, index) for keys in self.keys]
-        self.values = [values.index_select(0, index) for values in self.values]
+        self.keys = [keys.transpose(1, 2).index_select(0, index).transpose(1, 2) for keys in self.keys]
+        self.values = [values.transpose(1, 2).index_select(0, index).transpose(1, 2) for values in self.values]
         self.lengths = [self.lengths[row] for row in rows]
+
+    def first_rows(self, n_rows: int) -> KVCache:
+        """The same memory, with only the first rows."""
+        part = KVCache(0, (n_rows, *self.keys[0].shape[1:]), like=self.keys[0])
+        part.keys = [keys[:n_rows] for keys in self.keys]
+        part.values = [values[:n_rows] for values in self.values]
+        part.lengths = self.lengths[:n_rows]
+        return part
+
+    def copy_rows(self, rows: Sequence[int], source: KVCache, source_rows: Sequence[int]) -> None:
+        """Make row `rows[i]` what row `source_rows[i]` of another cache is.
+
+        Raises:
+            ValueError: one of those rows does not fit.
+        """
+        used = max(source.lengths[row] for row in source_rows)
+        if used > self.n_slots:
+            raise ValueError(
+                f"a row of {used} tokens does not fit into {self.n_slots} slots; make the new cache longer"
+            )
+        for row, source_row in zip(rows, source_rows, strict=True):
+            self.lengths[row] = source.lengths[source_row]
+        to, of = (torch.tensor(each, device=self.keys[0].device) for each in (rows, source_rows))
+        for stored, new in zip(source.keys + source.values, self.keys + self.values, strict=True):
+            new[to, :used] = stored[of, :used]
+
+    def expanded(self, rows: Sequence[int], n_slots: int) -> KVCache:
+        """A new cache of `n_slots` slots whose row i begins as a copy of this one's row `rows[i]`."""
+        copy = KVCache(len(self.keys), (len(rows), n_slots, *self.keys[0].shape[2:]), like=self.keys[0])
+        copy.copy_rows(range(len(rows)), self, rows)
+        return copy
 
     def extend(self, n_new: Sequence[int], width: int) -> CacheStep:
         """Make room for the next `n_new[b]` tokens of each row, given as a block of `width` columns.
@@ -59,6 +95,17 @@ class KVCache:
         visible = torch.arange(end, device=device) <= positions[:, None, :, None]  # (B, 1, T, S)
         self.lengths = [length + new for length, new in zip(self.lengths, n_new, strict=True)]
         return CacheStep(self, positions, visible, end)
+
+
+class Step(Protocol):
+    """New tokens on their way through the layers, beside a cache."""
+
+    @property
+    def positions(self) -> Tensor:
+        """Position of each new token, shaped as the tokens are."""
+
+    def attend(self, core: AttentionCore, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store the new keys and values (B, T, K, D); queries (B, T, H, D) over all that is stored -> (B, T, H * D)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +127,10 @@ class CacheStep:
         stored_keys[rows, self.positions] = keys
         stored_values[rows, self.positions] = values
         return stored_keys[:, : self.end], stored_values[:, : self.end]
+
+    def attend(self, core: AttentionCore, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """As `Step.attend`."""
+        return core.decode(q, *self.append(layer, k, v), self.visible)
 
 
 class AttentionCore(nn.Module):
@@ -116,7 +167,7 @@ class Attention(nn.Module):
     core: AttentionCore
     output: nn.Linear
 
-    def decode(self, x: Tensor, step: CacheStep, layer: int) -> Tensor:
+    def decode(self, x: Tensor, step: Step, layer: int) -> Tensor:
         """(B, T, C) new tokens -> (B, T, C), looking also at what the cache holds."""
         raise NotImplementedError
 
@@ -141,7 +192,7 @@ class Block(nn.Module):
         x = x + self.attention(self.attention_norm(x), context=context)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
-    def decode(self, x: Tensor, step: CacheStep, layer: int) -> Tensor:
+    def decode(self, x: Tensor, step: Step, layer: int) -> Tensor:
         """As `forward`, for new tokens behind those in the cache."""
         x = x + self.attention.decode(self.attention_norm(x), step, layer)
         return x + self.feed_forward(self.feed_forward_norm(x))

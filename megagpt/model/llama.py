@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megagpt.model.context import WHOLE_ROWS, Context
-from megagpt.model.layers import Attention, AttentionCore, Block, CacheStep, Embedding
+from megagpt.model.layers import Attention, AttentionCore, Block, Embedding, Step
 from megagpt.model.rotary import Rotary
 
 
@@ -71,12 +71,11 @@ class LlamaAttention(Attention):
         q, k = torch.split(self.rotary(qk, context=context), [self.n_head, self.n_kv_head], dim=2)
         return self.output(self.core(q, k, v, context.visible))
 
-    def decode(self, x: Tensor, step: CacheStep, layer: int) -> Tensor:
+    def decode(self, x: Tensor, step: Step, layer: int) -> Tensor:
         """(B, T, C) new tokens -> (B, T, C)."""
         qk, v = self._project(x)
         q, k = torch.split(self.rotary.at(qk, step.positions), [self.n_head, self.n_kv_head], dim=2)
-        keys, values = step.append(layer, k, v)
-        return self.output(self.core.decode(q, keys, values, step.visible))
+        return self.output(step.attend(self.core, layer, q, k, v))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Normed (B, T, H + K, D) queries and keys, and (B, T, K, D) values."""

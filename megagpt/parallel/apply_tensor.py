@@ -17,6 +17,7 @@ from megagpt.parallel.cross_entropy import vocab_parallel_nll
 from megagpt.parallel.mesh import Mesh
 from megagpt.parallel.tensor import (
     ColumnParallelLinear,
+    GatheredLinear,
     GroupedQKVLinear,
     RankedAttentionCore,
     RankedDropout,
@@ -33,7 +34,7 @@ FUSED = {"up": 1, "gate_up": 2}
 """First layer of a feed-forward -> how many matrices of equal size are fused in it."""
 
 
-def apply_tensor_parallel(model: Decoder, mesh: Mesh, *, sequence: bool = False) -> None:
+def apply_tensor_parallel(model: Decoder, mesh: Mesh, *, sequence: bool = False, exact: bool = False) -> None:
     """Cut the model over the tensor group; with a group of one, leave it as it is.
 
     Before `init_weights`, and best on the meta device: then no process ever holds a whole weight.
@@ -42,6 +43,8 @@ def apply_tensor_parallel(model: Decoder, mesh: Mesh, *, sequence: bool = False)
         model: fresh from `build_model`.
         mesh: this process's place.
         sequence: between the regions each process holds a part of the sequence (`parallel.tensor_sequence`).
+        exact: for evaluation: no product is summed in parts, so that with the same kernels the hidden vectors are
+            those of one process, bit for bit (with MKL in fp32, from 16 columns a process on).
 
     Raises:
         NotImplementedError: the model has a weight that this module does not know how to cut.
@@ -51,8 +54,9 @@ def apply_tensor_parallel(model: Decoder, mesh: Mesh, *, sequence: bool = False)
     region: Region = (SequenceRegion if sequence else TensorRegion)(mesh.groups.tensor, mesh.tensor, mesh.tensor_rank)
     for block in model.blocks:
         assert isinstance(block, Block)  # noqa: S101 - a ModuleList does not know what it holds
-        _cut_attention(block.attention, region)
-        _cut_feed_forward(block.feed_forward, region)
+        way_out = GatheredLinear if exact else RowParallelLinear
+        _cut_attention(block.attention, region, way_out)
+        _cut_feed_forward(block.feed_forward, region, way_out)
     model.embedding.tokens = VocabParallelEmbedding(model.embedding.tokens, region)
     model.head = VocabParallelHead(model.head, region)
     model.tie_head()
@@ -86,14 +90,17 @@ def qkv_sizes(attention: Attention) -> tuple[int, int, int]:
     return attention.n_head * attention.d_head, kv_size, kv_size
 
 
-def _cut_attention(attention: Attention, region: Region) -> None:
+WayOut = type[RowParallelLinear] | type[GatheredLinear]
+
+
+def _cut_attention(attention: Attention, region: Region, way_out: WayOut) -> None:
     n_head, n_kv_head = attention.n_head, attention.n_kv_head
     sub_sizes = qkv_sizes(attention)
     if n_kv_head < region.size:
         attention.qkv = GroupedQKVLinear(attention.qkv, region, sub_sizes, n_kv_head)
     else:
         attention.qkv = ColumnParallelLinear(attention.qkv, region, sub_sizes)
-    attention.output = RowParallelLinear(attention.output, region)
+    attention.output = way_out(attention.output, region)
     for module in attention.modules():  # the attention itself, and its norm of queries and keys
         if hasattr(module, "n_head"):
             module.n_head = n_head // region.size  # type: ignore[assignment]
@@ -104,13 +111,13 @@ def _cut_attention(attention: Attention, region: Region) -> None:
         attention.core = RankedAttentionCore(attention.core, region, grouped=grouped)
 
 
-def _cut_feed_forward(feed_forward: nn.Module, region: Region) -> None:
+def _cut_feed_forward(feed_forward: nn.Module, region: Region, way_out: WayOut) -> None:
     for name, count in FUSED.items():
         first = getattr(feed_forward, name, None)
         if first is not None:
             sub_sizes = (first.out_features // count,) * count
             setattr(feed_forward, name, ColumnParallelLinear(first, region, sub_sizes))
-    feed_forward.down = RowParallelLinear(feed_forward.down, region)  # type: ignore[arg-type]
+    feed_forward.down = way_out(feed_forward.down, region)  # type: ignore[arg-type]
 
 
 def _share_out_sequence(model: Decoder, region: Region) -> None:

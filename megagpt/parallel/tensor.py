@@ -87,6 +87,23 @@ class RowParallelLinear(nn.Linear):
         return product if self.bias is None else product + self.bias
 
 
+class GatheredLinear(ColumnParallelLinear):
+    """In the place of a `RowParallelLinear`, where each sum shall be taken as one process takes it.
+
+    Inputs are cut as the layer before leaves them, and gathered; outputs are cut, and gathered. No gradient: it is for
+    evaluation. It sends 1.75 times as much as the sums over partial products of a GPT-2 block.
+    """
+
+    def __init__(self, whole: nn.Linear, region: Region) -> None:
+        super().__init__(whole, region, (whole.out_features,))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, inputs / n) -> (B, T, C)."""
+        inputs = gather(x, x.dim() - 1, self.region.group, self.region.size).contiguous()
+        outputs = super().forward(inputs)
+        return gather(outputs, x.dim() - 1, self.region.group, self.region.size).contiguous()
+
+
 class VocabParallelEmbedding(nn.Embedding):
     """Rows of the vocabulary are cut; a process gives zeros for the tokens of the others.
 

@@ -99,7 +99,7 @@ def goodput(events: Iterable[Mapping[str, Any]], rows: Iterable[Mapping[str, Any
         lost["down"] += event.get("down_seconds", 0.0)
         lost["steps done again"] += event.get("repeated_seconds", 0.0)
     lost["saving"] = sum(event.get("seconds", 0.0) for event in events if event["event"] == "saved")
-    lost["validation"] = sum(row.get("val_seconds", 0.0) for row in rows)
+    lost["validation"] = sum(row.get("val_seconds", 0.0) + row.get("tasks_seconds", 0.0) for row in rows)
     useful = sum(row["step_seconds"] for row in rows if "loss" in row)
     wall = _seconds(events[-1]["time"]) - _seconds(starts[0]["time"]) + starts[0]["start_seconds"]
     named = useful + sum(lost.values())

@@ -14,9 +14,11 @@ import xxhash
 
 from megagpt.config.schema import TrainingRun
 from megagpt.engine.engine import Engine, StepOutcome
+from megagpt.engine.live import live_model
 from megagpt.errors import TrainingDiverged
 from megagpt.parallel.mesh import Mesh
 from megagpt.train.batches import TrainBatches, ValidationBatches
+from megagpt.train.benchmarks import Benchmarks, random_numbers_kept
 from megagpt.train.metrics import Metrics
 from megagpt.train.pace import Pace
 from megagpt.train.policy import Event, Policy, Step
@@ -55,6 +57,7 @@ class Collaborators:
     engine: Engine
     batches: TrainBatches
     validation: ValidationBatches | None
+    benchmarks: Benchmarks | None
     schedule: Schedule
     metrics: Metrics
     progress: ProgressLine
@@ -99,6 +102,7 @@ def _train(config: TrainingRun, at: _Progress, use: Collaborators) -> TrainState
     pace = Pace(use.engine.mesh, config.watch.slow_every)
     if at.state.step == 0:
         _evaluate(config, at.state, use)
+        _score_benchmarks(at.state, use)
     while at.state.step < config.train.max_steps:
         outcome = _step(config, at, policy, pace, use)
         if policy.wants_rollback and _roll_back(at, policy, use):
@@ -106,6 +110,8 @@ def _train(config: TrainingRun, at: _Progress, use: Collaborators) -> TrainState
         state = at.state
         if state.step == config.train.max_steps or _due(state.step, config.eval.every):
             _evaluate(config, state, use)
+        if state.step == config.train.max_steps or _due(state.step, config.eval.tasks_every):
+            _score_benchmarks(state, use)
         is_last = outcome.stop_requested or state.step == config.train.max_steps
         if is_last or use.saver.is_due(state.step):
             _save(at, use, last=is_last)
@@ -212,6 +218,19 @@ def _evaluate(config: TrainingRun, state: TrainState, use: Collaborators) -> Non
     seconds = time.perf_counter() - started_at
     use.metrics.write({"step": state.step, "val_loss": loss, "val_tokens": tokens, "val_seconds": seconds})
     use.progress.say(f"step {state.step}: validation loss {loss:.4f} over {tokens:,} tokens")
+
+
+def _score_benchmarks(state: TrainState, use: Collaborators) -> None:
+    if use.benchmarks is None:
+        return
+    use.watch.enter("eval", state.step, "benchmarks")
+    started_at = time.perf_counter()
+    with random_numbers_kept(use.engine.mesh.device), live_model(use.engine) as model:
+        found = use.benchmarks.score(state.step, model)
+    seconds = time.perf_counter() - started_at
+    use.metrics.write({"step": state.step, **found.values, "tasks_seconds": seconds})
+    for line in found.lines:
+        use.progress.say(f"step {state.step}: {line}")
 
 
 def _record(state: TrainState, outcome: StepOutcome, lr: float, seconds: float, use: Collaborators) -> None:

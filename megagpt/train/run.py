@@ -37,6 +37,7 @@ from megagpt.parallel.plan import BatchPlan, plan_batches
 from megagpt.tokenizer import Tokenizer
 from megagpt.train.batches import TrainBatches, ValidationBatches
 from megagpt.train.beats import Member
+from megagpt.train.benchmarks import Benchmarks, OpenBenchmarks, open_benchmarks
 from megagpt.train.build import attention_of, build_engine
 from megagpt.train.command import USAGE, Launch, parse_arguments
 from megagpt.train.compatible import changed_values, check_resumable, check_tokens
@@ -57,8 +58,8 @@ INTERRUPTED = 128 + signal.SIGINT
 _SECONDS_TO_TELL = 1.0
 
 
-def main(argv: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run one process; the exit code."""
+def main(argv: Sequence[str], environment: Mapping[str, str], opener: OpenBenchmarks | None = None) -> int:
+    """Run one process; the exit code. `opener` brings what scores `eval.tasks`."""
     launch = Launch.from_environment(environment)
     console = Console(quiet=launch.rank != 0)
     try:
@@ -73,7 +74,7 @@ def main(argv: Sequence[str], environment: Mapping[str, str]) -> int:
             return 0
         plan = plan_batches(config, launch.world_size)
         check_rendezvous(environment)
-        run_training(config, plan, launch, console)
+        run_training(config, plan, launch, console, opener)
     except MegaGPTError as error:
         if launch.local_rank != 0:
             # The launcher ends all ranks when it sees one that has ended, and the one that tells shall come to it.
@@ -98,7 +99,9 @@ def exit_process(code: int) -> NoReturn:
     os._exit(code)
 
 
-def run_training(config: TrainingRun, plan: BatchPlan, launch: Launch, console: Console) -> None:
+def run_training(
+    config: TrainingRun, plan: BatchPlan, launch: Launch, console: Console, opener: OpenBenchmarks | None = None
+) -> None:
     """Train one run to its end: data, mesh, model, engine, state, loop."""
     busy = RunBusy(f"{config.run.dir}: another process trains here; wait for it to end, or set another run.dir")
     with Watch(config.watch, config.run.dir, launch.rank) as watch, ExitStack() as held:
@@ -107,19 +110,23 @@ def run_training(config: TrainingRun, plan: BatchPlan, launch: Launch, console: 
         mesh = start_mesh(launch, config.parallel, collective_timeout(config.watch, COLLECTIVE_TIMEOUT))
         watch.join(process_store(), mesh.gather(Member.of_this_process(mesh.rank)))
         mesh.on_main(lambda: held.enter_context(locked_folder(config.run.dir, busy)))
-        _train_in_folder(config, plan, mesh, mixture, tokenizer, console, watch)
+        benchmarks = mesh.together(lambda: open_benchmarks(config, tokenizer, mesh, opener))
+        _train_in_folder(config, Opened(plan, mixture, tokenizer, benchmarks), mesh, console, watch)
     torch.distributed.destroy_process_group()
 
 
-def _train_in_folder(
-    config: TrainingRun,
-    plan: BatchPlan,
-    mesh: Mesh,
-    mixture: Mixture,
-    tokenizer: Tokenizer | None,
-    console: Console,
-    watch: Watch,
-) -> None:
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """What a run reads, before there is a model."""
+
+    plan: BatchPlan
+    mixture: Mixture
+    tokenizer: Tokenizer | None
+    benchmarks: Benchmarks | None
+
+
+def _train_in_folder(config: TrainingRun, opened: Opened, mesh: Mesh, console: Console, watch: Watch) -> None:
+    plan, mixture = opened.plan, opened.mixture
     validation = _open_validation(config, plan, mesh)
     store = CheckpointStore(config.run.dir / CHECKPOINTS)
     newest = _newest_checkpoint(store, config, mixture, mesh, console)
@@ -128,7 +135,7 @@ def _train_in_folder(
         return
     engine = build_engine(config, plan, mesh)
     state = mesh.together(lambda: _restore(engine, store, newest))
-    identity = mesh.together(lambda: _identity(config, mixture, tokenizer, mesh))
+    identity = mesh.together(lambda: _identity(config, mixture, opened.tokenizer, mesh))
     changes = _changes(newest, identity)
     mesh.on_main(lambda: _write_run_files(config, plan, engine, identity))
     progress = ProgressLine(console, config.train.max_steps, state.step, shown=mesh.is_main and config.log.progress)
@@ -146,6 +153,7 @@ def _train_in_folder(
                 engine=engine,
                 batches=TrainBatches(mixture, plan, mesh),
                 validation=validation,
+                benchmarks=opened.benchmarks,
                 schedule=lr_schedule(config.optim, config.train.max_steps),
                 metrics=metrics,
                 progress=progress,

@@ -136,7 +136,7 @@ def test_a_wrong_value_is_refused_with_its_key_and_what_would_be_right(base, ove
         ("model.n_layers=3", "model.n_layers", "; did you mean 'n_layer'?"),
         ("model.n_kv_head=1", "model.n_kv_head", "; did you mean 'n_head'?"),  # a key of the other family only
         ("data.train=[{prefix: a, weight: 1, wieght: 2}]", "data.train.0.wieght", "; did you mean 'weight'?"),
-        ("eval.zzz=1", "eval.zzz", "; known keys here: every, sequences"),
+        ("run.zzz=1", "run.zzz", "; known keys here: dir, seed"),
         (
             "model.gpt2=1",
             "model.gpt2",

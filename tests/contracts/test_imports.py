@@ -21,6 +21,8 @@ LIGHT = [
     "megagpt.data.mixture",
     "megagpt.data.order",
     "megagpt.tokenizer",
+    "megagpt.text.ngrams",
+    "evals.contamination_scan",  # its worker processes shall start quickly
     "megagpt.parallel.plan",
     "megagpt.parallel.legal",
     "megagpt.verify.shrink",

@@ -74,6 +74,8 @@ def check_deepspeed(words):
     assert (ROOT / given.user_script).exists()
     if given.user_script == "launch/generate.py":
         check_megagpt(["generate", *given.user_args])
+    elif given.user_script == "launch/evaluate.py":
+        check_megagpt(["eval", "run", *given.user_args])
     else:
         check_training_words(given.user_args)
 

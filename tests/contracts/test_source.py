@@ -22,8 +22,10 @@ MAY_READ_THE_ENVIRONMENT = {
     "megagpt/doctor/probe.py",  # a program of its own: it is sent to each host, and tells what is there
     "megagpt/train/__main__.py",
     "megagpt/verify/__main__.py",
+    "launch/evaluate.py",
     "launch/generate.py",
     "launch/pretrain.py",
+    "megagpt/cli_evals.py",
     "megagpt/cli_generate.py",
     "megagpt/cli_train.py",
     "megagpt/bench/processes.py",  # reads nothing of ours: tells the processes that it starts their place and device
@@ -87,7 +89,8 @@ def fields_of(schema: type[Section], path: str = ""):
 def test_every_key_of_a_training_run_is_read_somewhere(field):
     """As `.name`, or as "name" in a table, outside of the schema: a key that nobody reads is a promise nobody keeps."""
     name = re.escape(field.rsplit(".", 1)[-1])
-    files = [path for path in FILES if "config" not in path.parts and path.is_relative_to(ROOT / "megagpt")]
+    readers = (ROOT / "megagpt", ROOT / "evals")
+    files = [path for path in FILES if "config" not in path.parts and any(map(path.is_relative_to, readers))]
     assert any(re.search(rf'\.{name}\b|"{name}":', path.read_text()) for path in files), field
 
 

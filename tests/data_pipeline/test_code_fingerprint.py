@@ -14,8 +14,8 @@ from data_pipeline.filters.registry import FILTERS
     [
         (url_blocklist, ["filters.url_filter", "filters.word_list"]),
         (extract_task, ["filters.url_filter", "extract.engines", "extract.watchdog", "sources.warc", "parquet_writer"]),
-        (filter_task, ["language", "filters.kernels", "classify.hashed", "text_classes", "sources.jsonl"]),
-        (documents, ["dedup.cutting", "dedup.minhash", "decontamination.match", "word_hashes"]),
+        (filter_task, ["language", "filters.kernels", "classify.hashed", "sources.jsonl"]),
+        (documents, ["dedup.cutting", "dedup.minhash", "decontamination.match"]),
     ],
 )
 def test_modules_are_found_through_modules_and_inside_functions(module, modules):
@@ -30,8 +30,10 @@ def test_every_filter_is_part_of_the_filter_stage_and_of_no_other():
     assert not files & set(reachable_modules(extract_task.__name__))
 
 
-def test_tokens_depend_on_the_tokenizer_and_on_the_format_of_token_files():
+def test_stages_depend_on_the_modules_of_megagpt_that_they_use():
     assert {"megagpt.tokenizer", "megagpt.byte_bpe", "megagpt.data.indexed"} <= set(reachable_modules(encode.__name__))
+    for module in (filter_task, documents):
+        assert {"megagpt.text.text_classes", "megagpt.text.word_hashes"} <= set(reachable_modules(module.__name__))
     assert {"tokenizers", "tiktoken", "numpy"} <= {line.partition(" ")[0] for line in libraries_of(encode.__name__)}
     assert "megagpt.tokenizer" in reachable_modules(tokenizer_training.__name__)
 

@@ -22,8 +22,8 @@ from data_pipeline.decontamination.index import write_index
 from data_pipeline.decontamination.items import read_items
 from data_pipeline.decontamination.match import Index
 from data_pipeline.decontamination.ngram_table import NgramTable
-from data_pipeline.word_hashes import hash_words, ngram_hashes
 from megagpt.errors import DataError
+from megagpt.text.word_hashes import hash_words, ngram_hashes
 
 GSM8K = Path(__file__).resolve().parents[2].parent / "shared/data/evals/gsm8k/test.jsonl"
 WORDS = [*"abcdefgh", "Ä", "straße", "İx", "ΟΔΟΣ", "x_1", "42"]

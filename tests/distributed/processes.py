@@ -20,6 +20,7 @@ from typing import Any
 _SERVER = multiprocessing.get_context("forkserver")
 # DeepSpeed's first engine imports its Muon, whose decorator imports PyTorch's compiler: two seconds in each process.
 _IMPORTED = ["megagpt.train.run", "deepspeed.runtime.zero.muon.muon_optimizer", "setuptools"]
+_IMPORTED += ["evals.together", "evals.live"]  # lm-eval: five seconds
 
 
 @dataclass

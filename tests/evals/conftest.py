@@ -20,6 +20,8 @@ from megagpt.model.decoder import Decoder
 from megagpt.model.init import init_weights
 from megagpt.tokenizer import Tokenizer, open_tokenizer
 
+SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "evals"
+"""Real benchmark files, where they lie beside the checkout."""
 VOCAB_SIZE = 384
 CONTEXT = 192
 TEXT = [
@@ -63,7 +65,17 @@ def tokenizer(tokenizer_file: Path) -> Tokenizer:
 
 def random_model(family: str = "gpt2", seed: int = 0) -> Decoder:
     """Weights five times the usual size: answers differ clearly from each other."""
-    model = build_model(CONFIGS[family])
+    return _random(CONFIGS[family], seed)
+
+
+def scaled_up(family: str, **sizes: int) -> tuple[Decoder, GPT2Model | LlamaModel]:
+    """A random model of other sizes, and its configuration."""
+    config = CONFIGS[family].model_copy(update=sizes)
+    return _random(config, 0), config
+
+
+def _random(config: GPT2Model | LlamaModel, seed: int) -> Decoder:
+    model = build_model(config)
     init_weights(model, seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -82,8 +94,13 @@ def lm(model: Decoder, tokenizer: Tokenizer) -> MegaGPTLM:
     return MegaGPTLM(model, tokenizer, max_seq_len=CONTEXT, batch_size=4)
 
 
-def save_run(run_dir: Path, tokenizer: Tokenizer, *, step: int = 10, seed: int = 0, family: str = "gpt2") -> Path:
-    """A run's folder with one published checkpoint and validation tokens; returns it."""
+def save_run(
+    run_dir: Path, tokenizer: Tokenizer, *, step: int = 10, seed: int = 0, family: str = "gpt2", nudge: float = 0.0
+) -> Path:
+    """A run's folder with one published checkpoint and validation tokens; returns it.
+
+    `nudge` is added to one single weight.
+    """
     data = run_dir.parent / f"{run_dir.name}_data"
     text = TEXT * 40
     prefix = data / "tokens_val"
@@ -107,9 +124,12 @@ def save_run(run_dir: Path, tokenizer: Tokenizer, *, step: int = 10, seed: int =
     store = CheckpointStore(run_dir / "checkpoints")
     store.folder.mkdir(parents=True)
     staging = store.begin(step)
+    model = random_model(family, seed)
+    with torch.no_grad():
+        next(model.parameters())[0, 0] += nudge
     slices = [
         TensorSlice(name, tuple(p.shape), 0, dict.fromkeys(KINDS, p.detach().flatten().float()))
-        for name, p in random_model(family, seed).named_parameters()
+        for name, p in model.named_parameters()
     ]
     files = {"rank_00000.safetensors": FileEntry(*write_slices(staging / "rank_00000.safetensors", slices))}
     saved = tokenizer.save(staging)

@@ -53,14 +53,23 @@ def test_a_log_likelihood_is_the_sum_of_the_models_own_log_probabilities(lm, mod
     assert lm.loglikelihood([scored("The quick brown", " fox jumps")])[0][0] == pytest.approx(expected, abs=1e-5)
 
 
-def test_equal_inputs_run_through_the_model_once(lm, model, monkeypatch) -> None:
-    rows = []
-    hidden = model.hidden
-    monkeypatch.setattr(model, "hidden", lambda tokens: (rows.append(len(tokens)), hidden(tokens))[1])
-    lm.loglikelihood([scored("Answer:", f" {letter}") for letter in "abcd"])
-    encoded = [lm._encode_pair("Answer:", f" {letter}") for letter in "abcd"]
-    pairs = {tuple([*context, *continuation][:-1]) for context, continuation in encoded}
-    assert sum(rows) == len(pairs)
+def test_equal_inputs_run_through_the_model_once(lm) -> None:
+    letters = [scored("Answer:", f" {letter}") for letter in "abcd"]
+    lm.loglikelihood(letters)
+    inputs = [[*context, *rest][:-1] for context, rest in (lm._encode_pair(*request.args) for request in letters)]
+    assert len({tuple(tokens) for tokens in inputs}) == 2  # " c" is two tokens
+    assert lm.tokens_computed == sum(len(tokens) for tokens in {tuple(tokens) for tokens in inputs})
+    assert lm.tokens_naive == sum(len(tokens) for tokens in inputs)
+
+
+def test_what_inputs_share_runs_once(model, tokenizer) -> None:
+    found = {}
+    for share in (True, False):
+        lm = MegaGPTLM(model, tokenizer, max_seq_len=CONTEXT, batch_size=4, share_prefixes=share)
+        answers = lm.loglikelihood([scored(TEXT[0], f" {n * 'word '}end") for n in range(1, 5)])
+        found[share] = (lm.tokens_computed, [answer for answer, _ in answers])
+    assert found[True][0] < found[False][0] / 2
+    assert found[True][1] == pytest.approx(found[False][1], abs=2e-5)
 
 
 def test_documents_that_lose_the_beginning_of_their_prompt_are_counted_once_a_task(lm) -> None:

@@ -12,7 +12,8 @@ import pytest
 
 from data_pipeline.run import run_job
 from data_pipeline.summary import REPORT_FORMAT
-from evals.report import funnel, write_run_report
+from evals.report import write_run_report
+from evals.report_data import funnel
 from evals.report_inputs import DATA_REPORT_FORMAT, DataTrail
 from evals.results import Metric, TaskResult
 from megagpt.config.load import dump_config
@@ -162,7 +163,7 @@ class Report:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
     run_dir = write_run(tmp_path_factory.mktemp("report"))
-    html, markdown = write_run_report(run_dir)
+    html, markdown, _ = write_run_report(run_dir)
     return Report(run_dir, html.read_text(), read_page(html), markdown.read_text())
 
 
@@ -252,7 +253,7 @@ def test_every_score_comes_with_what_is_needed_to_believe_it(report):
     assert "unavailable : hub cannot be reached & no --data" in squeeze(text)
     assert "Scores at step 100" in report.page.chart_text
     assert "arc_easy acc_norm" in report.page.chart_text
-    assert "Scores by step" in report.page.chart_text  # two checkpoints were measured
+    assert "arc_easy by step" in report.page.chart_text  # two checkpoints were measured
 
 
 def test_curves_are_drawn_with_titles_and_axes(report):
@@ -287,7 +288,7 @@ def test_screens_of_empty_lines_are_counted_instead_of_shown(run_dir):
         run_dir / "evals" / "step_00000100" / "generations.json",
         [{"prompt": "Return", "text": " it.\n\n\nkept" + "\n" * 46 + "end", "sampling": "greedy", "reason": ""}],
     )
-    for path in write_run_report(run_dir):
+    for path in write_run_report(run_dir)[:2]:
         assert " it.\n\n\nkept\n[46 line breaks]\nend" in path.read_text()
 
 
@@ -322,7 +323,7 @@ def test_a_run_with_only_a_configuration_says_what_is_missing(tmp_path):
     run_dir = tmp_path / "empty"
     run_dir.mkdir()
     (run_dir / "config.yaml").write_text(dump_config(make_config(run_dir, tmp_path / "nowhere")))
-    html, markdown = write_run_report(run_dir)
+    html, markdown, _ = write_run_report(run_dir)
     for text in (squeeze(read_page(html).text), markdown.read_text()):
         for name in ("metrics.jsonl", "versions.json", "plan.json", "events.jsonl", "manifest.json", "report.json"):
             assert name in text
@@ -357,7 +358,7 @@ def test_a_damaged_metrics_line_is_named(run_dir, line, message):
 def test_a_last_line_that_is_half_written_is_left_out_and_said(run_dir):
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 101, "lo')
-    html, _ = write_run_report(run_dir)
+    html, _, _ = write_run_report(run_dir)
     assert re.search(r"metrics\.jsonl:104: the last line is incomplete", read_page(html).text)  # 100 + 3 rows
 
 

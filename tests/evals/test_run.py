@@ -11,8 +11,9 @@ import pytest
 from rich.console import Console
 
 from evals import task_loader
-from evals.results import TaskResult, format_table, make_metric, wilson_interval
+from evals.results import TaskResult, format_table, make_metric
 from evals.run import EvalRequest, run_evals
+from evals.stats import wilson_interval
 from evals.suites import Suite, resolve_tasks
 from megagpt.config.load import load_config
 from megagpt.errors import EvalError
@@ -54,6 +55,31 @@ def test_a_result_file_says_score_interval_settings_data_and_weights(run_dir: Pa
     assert sum(sample["correct"] for sample in samples) == round(acc["value"] * 12)
     assert len(samples[0]["logprobs"]) == 4
     assert not list(folder.glob("*.tmp"))
+
+
+def test_a_result_file_says_what_was_computed_and_whether_the_batch_matters(run_dir: Path, tmp_path: Path) -> None:
+    shared, alone = (
+        evaluate(run_dir, "megagpt_smoke", limit=6, out=tmp_path / str(share), share_prefixes=share)[0]
+        for share in (True, False)
+    )
+    plain = evaluate(run_dir, "megagpt_smoke", limit=6, out=tmp_path / "plain", batch_invariant=False)[0]
+    content = json.loads((tmp_path / "True" / "megagpt_smoke.json").read_text())
+    assert 0 < content["tokens_computed"] < alone.tokens_computed <= content["tokens_naive"]
+    assert (content["batch_invariant"], plain.batch_invariant) == (True, False)
+    assert (content["answers_resumed"], content["answers_damaged"]) == (0, 0)
+    assert shared.metrics == alone.metrics
+
+
+def test_a_result_file_of_before_these_fields_is_read(run_dir: Path, tmp_path: Path) -> None:
+    evaluate(run_dir, "megagpt_smoke", limit=4, out=tmp_path)
+    path = tmp_path / "megagpt_smoke.json"
+    content = json.loads(path.read_text())
+    for name in ("tokens_computed", "tokens_naive", "answers_resumed", "answers_damaged", "batch_invariant"):
+        del content[name]
+    path.write_text(json.dumps(content))
+    (again,) = evaluate(run_dir, "megagpt_smoke", limit=4, out=tmp_path)
+    assert again.reused
+    assert (again.tokens_computed, again.batch_invariant) == (0, None)
 
 
 def test_the_same_weights_settings_and_data_are_not_evaluated_twice(run_dir: Path) -> None:

@@ -2,7 +2,7 @@ import re
 
 import numpy as np
 
-from data_pipeline.text_classes import N_CODE_POINTS, is_word_character, lower_case, word_lower_case
+from megagpt.text.text_classes import N_CODE_POINTS, is_word_character, lower_case, word_lower_case
 
 
 def test_word_characters_are_those_of_the_regular_expression():

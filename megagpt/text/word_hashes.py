@@ -14,7 +14,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.text_classes import word_lower_case
+from megagpt.text.text_classes import word_lower_case
 
 UInt64Array = NDArray[np.uint64]
 Int32Array = NDArray[np.int32]

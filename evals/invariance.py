@@ -1,0 +1,65 @@
+"""Scores that are the same bit for bit whatever is batched with what: switched on, and checked on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from megagpt.generate import Model
+from megagpt.model.layers import KVCache
+from megagpt.model.packed import FAST, row_invariant
+
+LENGTHS = (1, 3, 40, 150)
+"""Tokens of the rows that are compared: below and above one block of keys."""
+
+
+def make_batch_invariant(model: Model) -> bool:
+    """Switch a model to row-invariant arithmetic, if that holds here.
+
+    A few random rows are scored together, and each by itself in two parts; the scores must be equal bit for bit. Where
+    they are not (another library of matrix products, a GPU), the model is left as fast as it was.
+
+    Args:
+        model: in fp32; on its device.
+
+    Returns:
+        Whether the model is switched.
+    """
+    model.packing = row_invariant(model.sizes.d_model, torch.get_num_threads())
+    generator = torch.Generator().manual_seed(0)
+    lengths = [min(length, model.sizes.max_seq_len - 1) for length in LENGTHS]
+    rows = [torch.randint(model.sizes.vocab_size, (n + 1,), generator=generator).tolist() for n in lengths]
+    with torch.inference_mode():
+        together = _score(model, rows, model.new_cache(len(rows), max(lengths)))
+        single = [_score_in_two(model, row) for row in rows]
+    if torch.equal(together, torch.cat(single)):
+        return True
+    model.packing = FAST
+    return False
+
+
+def _score_in_two(model: Model, row: Sequence[int]) -> torch.Tensor:
+    n = len(row) - 1
+    cut = n // 3
+    cache = model.new_cache(1, max(1, cut))
+    first = _score(model, [row[: cut + 1]], cache) if cut else torch.empty(0, device=model.device)
+    return torch.cat((first, _score(model, [row[cut:]], cache.expanded([0], n) if cut else model.new_cache(1, n))))
+
+
+def _score(model: Model, rows: Sequence[Sequence[int]], cache: KVCache) -> torch.Tensor:
+    """Log-probability of every token of each row but the first, row after row."""
+    lengths = [len(row) - 1 for row in rows]
+    width = max(lengths)
+    tokens = torch.tensor([[*row[:-1], *[0] * (width - n)] for row, n in zip(rows, lengths, strict=True)])
+    wanted = [row * width + i for row, n in enumerate(lengths) for i in range(n)]
+    targets = [token for row in rows for token in row[1:]]
+    device = model.device
+    found, _ = model.score(
+        tokens.to(device),
+        cache,
+        lengths,
+        torch.tensor(wanted, device=device),
+        torch.tensor(targets, device=device),
+    )
+    return found

@@ -1,0 +1,1 @@
+"""Who says how good an answer is: a server, a checkpoint, or judgements that were made before."""

@@ -1,0 +1,156 @@
+"""Tasks that are scored again and again on a model in training."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evals.backend import MegaGPTLM, UnscorableError
+from evals.gold import GoldScores, gold_scores
+from evals.results import without_nan
+from evals.run import HELDOUT
+from evals.scoring import Scores, quiet_bars, score_task
+from evals.sharing import Sharing
+from evals.suites import SuiteTask, resolve_tasks
+from evals.task_loader import FEWSHOT_SEED, NUMPY_SEED, RANDOM_SEED, LoadedTask, load_task, plan_task
+from megagpt.atomic import write_file
+from megagpt.config.schema import TrainingRun
+from megagpt.parallel.decode import ParallelDecoder
+from megagpt.parallel.mesh import Mesh
+from megagpt.tokenizer import Tokenizer
+from megagpt.train.benchmarks import BenchmarkScores
+
+FORMAT = 1
+FOLDER = "training"
+"""Of the run's evals/: one file an evaluation, step_<step>.json."""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One task, loaded."""
+
+    task: SuiteTask
+    loaded: LoadedTask
+
+    @property
+    def limit(self) -> int:
+        """Documents of each of its tasks."""
+        assert self.task.limit is not None  # noqa: S101 - `load_live_benchmarks` sets it
+        return self.task.limit
+
+
+def load_live_benchmarks(config: TrainingRun, tokenizer: Tokenizer, mesh: Mesh, suites_dir: Path) -> LiveBenchmarks:
+    """Load the tasks of `eval.tasks`, one process of each host first: the others then read what it prepared.
+
+    Raises:
+        EvalError: on every process: a task that does not exist, or whose data cannot be reached.
+    """
+    sharing = Sharing(mesh)
+    cache_dir = config.run.dir / "evals" / "cache"
+    members = []
+    for task in resolve_tasks(config.eval.tasks, suites_dir):
+        if task.task == HELDOUT:
+            continue
+        limit = min(task.limit or config.eval.tasks_limit, config.eval.tasks_limit)
+        bounded = SuiteTask(task=task.task, shots=task.shots, limit=limit)
+
+        def load(task: SuiteTask = bounded) -> LoadedTask:
+            with quiet_bars():
+                return load_task(plan_task(task.task, config.eval.data, cache_dir), task.shots)
+
+        members.append(Member(bounded, sharing.first_on_each_host(load)))
+    return LiveBenchmarks(config, tokenizer, mesh, members)
+
+
+class LiveBenchmarks:
+    """`megagpt.train.benchmarks.Benchmarks` through lm-eval."""
+
+    def __init__(self, config: TrainingRun, tokenizer: Tokenizer, mesh: Mesh, members: Sequence[Member]) -> None:
+        self._config = config
+        self._tokenizer = tokenizer
+        self._mesh = mesh
+        self._members = members
+
+    def score(self, step: int, model: ParallelDecoder) -> BenchmarkScores:
+        """Score every task. One that this model cannot answer (a prompt that leaves no room) is told and recorded."""
+        rows, lines = [], []
+        values: dict[str, float | None] = {}
+        sharing = Sharing(self._mesh, settle=model.finish)
+        for member in self._members:
+            started = time.perf_counter()
+            row: dict[str, Any] = {"task": member.task.task, "limit": member.limit}
+            try:
+                scores = self._score(member, model, sharing)
+            except UnscorableError as error:
+                row |= {"status": "unavailable", "reason": str(error)}
+                lines.append(f"{member.task.task}: not scored: {error}")
+            else:
+                gold = gold_scores(scores.samples)
+                row |= {"status": "ok", **_described(scores, gold)}
+                values |= _values(member.task.task, scores, gold)
+                lines.append(_line(member.task.task, scores, gold))
+            row["seconds"] = time.perf_counter() - started
+            rows.append(row)
+        content = {"format": FORMAT, "step": step, "tasks": rows}
+        path = self._config.run.dir / "evals" / FOLDER / f"step_{step:08d}.json"
+        sharing.from_main(lambda: _write(path, content))
+        return BenchmarkScores(values, lines)
+
+    def _score(self, member: Member, model: ParallelDecoder, sharing: Sharing) -> Scores:
+        # The same examples in the prompts at every step: lm-eval's draws go on where the last evaluation ended.
+        random.seed(RANDOM_SEED)
+        np.random.seed(NUMPY_SEED)
+        for task in member.loaded.tasks.values():
+            task.set_fewshot_seed(seed=FEWSHOT_SEED)
+        lm = MegaGPTLM(
+            model,
+            self._tokenizer,
+            max_seq_len=self._config.model.max_seq_len,
+            batch_size=self._config.eval.tasks_batch_size,
+            sharing=sharing,
+        )
+        # No bootstrap: lm-eval would fork a process that holds the device and the process groups.
+        return score_task(lm, member.loaded, member.limit, bootstrap=0)
+
+
+def _described(scores: Scores, gold: GoldScores | None) -> dict[str, Any]:
+    return {
+        "n": scores.n,
+        "n_total": scores.n_total,
+        "n_shots": scores.n_shots,
+        "chance": scores.chance,
+        "truncated": scores.truncated,
+        "metrics": {name: asdict(metric) for name, metric in scores.metrics.items()},
+        "gold": None if gold is None else asdict(gold),
+    }
+
+
+def _values(task: str, scores: Scores, gold: GoldScores | None) -> dict[str, float | None]:
+    """Numbers of metrics.jsonl; JSON has no word for what is not finite."""
+    found: dict[str, float | None] = {name: metric.value for name, metric in scores.metrics.items()}
+    if gold is not None:
+        found |= {"gold_bits_per_byte": gold.bits_per_byte}
+        found |= {} if gold.margin is None else {"gold_margin": gold.margin}
+    finite = {name: value if value is not None and math.isfinite(value) else None for name, value in found.items()}
+    return {f"eval/{task}/{name}": value for name, value in finite.items()}
+
+
+def _line(task: str, scores: Scores, gold: GoldScores | None) -> str:
+    words = [f"{name} {metric.value:.4f}" for name, metric in scores.metrics.items()]
+    if gold is not None:
+        words.append(f"right answer {gold.bits_per_byte:.3f} bits/byte")
+        words += [] if gold.margin is None else [f"margin {gold.margin:+.3f}"]
+    return f"{task}: {', '.join(words)} ({scores.n} documents)"
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, (json.dumps(without_nan(content), indent=1) + "\n").encode())

@@ -1,0 +1,221 @@
+"""Scores with all that is needed to believe them, and their charts."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evals import report_charts as charts
+from evals.report_inputs import StepEvals
+from evals.results import Metric, TaskResult
+from evals.sample_files import DocumentScores, Row, document_scores, with_clustered_intervals
+from evals.stats import normal_interval, wilson_interval
+
+_HASH_CHARACTERS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One metric of one task at one step."""
+
+    step: int
+    task: str
+    metric: str
+    value: float
+    ci95: tuple[float, float] | None
+    method: str
+    """How the interval was made; empty without one."""
+    stderr: float | None
+    chance: float | None
+    higher_is_better: bool
+    n: int
+    n_total: int
+    shots: int | None
+    """None where the tasks of a group differ."""
+    limit: int | None
+    truncated: int
+    version: str
+    prompts: str
+    """Hash over all prompts, so that two scores of equal ones can be told; empty where they were not kept."""
+    origin: str
+    seconds: float
+    weights: str
+    judge: str
+    """Who gave the points; empty where the answers themselves are right or wrong."""
+
+    @property
+    def is_share(self) -> bool:
+        """A score from 0 to 1 of which more is better: what has a place on a common axis."""
+        return self.higher_is_better and 0 <= self.value <= 1
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether a judge gave the points."""
+        return bool(self.judge)
+
+
+@dataclass(frozen=True, slots=True)
+class Unavailable:
+    """A task that could not be run."""
+
+    step: int
+    task: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Subjects:
+    """A group's score by task, over the evaluated steps: the heat map."""
+
+    group: str
+    metric: str
+    chance: float | None
+    steps: tuple[int, ...]
+    rows: tuple[tuple[str, int, tuple[float | None, ...]], ...]
+    """(task, documents at the last step, score at each step), best first."""
+
+
+def score_rows(step: int, measured: TaskResult, rows: Sequence[Row]) -> list[Score]:
+    """One row a metric.
+
+    Args:
+        step: of the checkpoint.
+        measured: of a task that could be run.
+        rows: its answers; none where they were not kept.
+    """
+    result = with_clustered_intervals(measured, rows)  # of a result that an older version wrote, too
+    by_document = document_scores(result, rows)
+    prompts = prompts_hash(rows)
+    return [
+        Score(
+            step=step,
+            task=result.task,
+            metric=name,
+            value=metric.value,
+            **_uncertainty(metric, result.n, by_document.get(name)),
+            chance=result.chance if name.startswith("acc") else None,
+            higher_is_better=metric.higher_is_better,
+            n=result.n,
+            n_total=result.n_total,
+            shots=result.n_shots,
+            limit=result.settings.get("limit"),
+            truncated=result.truncated,
+            version=result.task_version or "",
+            prompts=prompts,
+            origin=_origin(result),
+            seconds=result.seconds,
+            weights=str(result.checkpoint.get("hash", "")),
+            judge=_judge(result),
+        )
+        for name, metric in result.metrics.items()
+    ]
+
+
+def prompts_hash(rows: Iterable[Row]) -> str:
+    """One hash over the prompts of all documents, whatever their order."""
+    prompts = sorted(
+        (str(r.get("task")), str(r.get("doc_id")), str(r["prompt_hash"])) for r in rows if "prompt_hash" in r
+    )
+    return hashlib.sha256(repr(prompts).encode()).hexdigest()[:_HASH_CHARACTERS] if prompts else ""
+
+
+def score_charts(scores: Sequence[Score]) -> list[str]:
+    """Every score of the newest step with its interval."""
+    shares = [score for score in scores if score.is_share and not score.is_judged]
+    if not shares:
+        return []
+    last = max(score.step for score in shares)
+    bars = [
+        charts.Bar(f"{score.task} {score.metric}", score.value, score.ci95, score.chance)
+        for score in shares
+        if score.step == last
+    ]
+    return [charts.score_chart(f"Scores at step {last:,}", bars)]
+
+
+def step_charts(scores: Sequence[Score]) -> list[str]:
+    """One small chart a task, of the tasks that several checkpoints have scores of."""
+    by_task: dict[str, dict[str, list[Score]]] = {}
+    for score in scores:
+        if score.is_share and not score.is_judged:
+            by_task.setdefault(score.task, {}).setdefault(score.metric, []).append(score)
+    drawn = []
+    for task, metrics in by_task.items():
+        several = {metric: sorted(found, key=lambda s: s.step) for metric, found in metrics.items() if len(found) > 1}
+        if not several:
+            continue
+        lines = [
+            charts.Line(metric, [s.step for s in found], [s.value for s in found], charts.PALETTE[i % 5])
+            for i, (metric, found) in enumerate(several.items())
+        ]
+        bands: list[list[tuple[float, float] | None]] = [[s.ci95 for s in found] for found in several.values()]
+        chance = next((s.chance for found in several.values() for s in found if s.chance is not None), None)
+        if chance is not None:
+            steps = sorted({s.step for found in several.values() for s in found})
+            lines.append(charts.Line("chance", [steps[0], steps[-1]], [chance, chance], charts.INK, dashed=True))
+            bands.append([None, None])
+        drawn.append(charts.step_chart(f"{task} by step", lines, bands))
+    return drawn
+
+
+def subject_maps(evals: Sequence[StepEvals]) -> list[Subjects]:
+    """A heat map of every group of tasks that the newest step has scores of, over the steps that have it."""
+    found = []
+    for result in evals[-1].results if evals else ():
+        if not result.subtasks:
+            continue
+        metric = next((name for row in result.subtasks.values() for name in row.get("metrics", {})), None)
+        if metric is None:
+            continue
+        history = [(step.step, other) for step in evals for other in step.results if other.task == result.task]
+        rows = [
+            (name, int(row["n"]), tuple(_subtask_value(other, name, metric) for _, other in history))
+            for name, row in result.subtasks.items()
+        ]
+        rows.sort(key=lambda row: -(row[2][-1] if row[2][-1] is not None else -math.inf))
+        found.append(Subjects(result.task, metric, result.chance, tuple(step for step, _ in history), tuple(rows)))
+    return found
+
+
+def _subtask_value(result: TaskResult, name: str, metric: str) -> float | None:
+    value = result.subtasks.get(name, {}).get("metrics", {}).get(metric, {})
+    found = value.value if isinstance(value, Metric) else value.get("value")
+    return None if found is None else float(found)
+
+
+def _uncertainty(metric: Metric, n: int, by_document: DocumentScores | None) -> dict[str, Any]:
+    """Interval, standard error, and how the interval was made."""
+    clusters = None if by_document is None else by_document.clusters
+    if by_document is not None and clusters is not None:
+        return {"ci95": metric.ci95, "stderr": metric.stderr, "method": f"clustered by {len(set(clusters))} tasks"}
+    return {"ci95": metric.ci95, "stderr": metric.stderr, "method": _method(metric, n)}
+
+
+def _method(metric: Metric, n: int) -> str:
+    """Which of the two intervals of results.make_metric it is."""
+    if metric.ci95 is None:
+        return ""
+    made: list[tuple[str, tuple[float, float]]] = []
+    if n and 0 <= metric.value <= 1:
+        made.append(("Wilson", wilson_interval(metric.value * n, n)))
+    if metric.stderr is not None:
+        made.append(("normal", normal_interval(metric.value, metric.stderr)))
+    for name, interval in made:
+        if all(math.isclose(a, b, abs_tol=1e-9) for a, b in zip(interval, metric.ci95, strict=True)):
+            return name
+    return "the task's own"
+
+
+def _origin(result: TaskResult) -> str:
+    """Where the documents came from, short: a local folder by its last two names, as on the hub."""
+    known = Path(str(result.data.get("path_or_id") or ""))
+    return " ".join([str(result.data.get("origin") or ""), "/".join(known.parts[-2:])]).strip()
+
+
+def _judge(result: TaskResult) -> str:
+    judge = result.settings.get("judge")
+    return "" if judge is None else str(judge.get("name", judge)) if isinstance(judge, Mapping) else str(judge)

@@ -1,0 +1,142 @@
+"""What a model answered to single documents: the samples files beside the results, and each metric by document."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from evals.results import TaskResult
+from evals.stats import clustered_stderr, normal_interval
+from megagpt.errors import EvalError
+
+GENERATIONS_FILE = "generations.json"
+"""Beside the results of a step; the one JSON file there that is none."""
+
+LEAST_CLUSTERS = 20
+"""Groups of documents (MMLU's subjects) below which a group is no unit: an error estimated from few is itself
+unreliable. Source: Cameron and Miller 2015, "A Practitioner's Guide to Cluster-Robust Inference", section VI."""
+
+_STEP_FOLDER = re.compile(r"step_(\d+)")
+
+Row = dict[str, Any]
+Key = tuple[str, str]
+"""Leaf task and document, as the samples files have them."""
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentScores:
+    """One metric's value for every document of a result."""
+
+    metric: str
+    keys: tuple[Key, ...]
+    """In the order of the samples file."""
+    documents: tuple[str, ...]
+    """Hash of each document."""
+    prompts: tuple[str, ...]
+    """Hash of each prompt."""
+    values: tuple[float, ...]
+
+    @property
+    def is_right_or_wrong(self) -> bool:
+        """Whether every value is 0 or 1."""
+        return all(value in (0.0, 1.0) for value in self.values)
+
+    @property
+    def clusters(self) -> tuple[str, ...] | None:
+        """The leaf task of each document, where there are enough of them to be units; else None."""
+        leaves = tuple(leaf for leaf, _ in self.keys)
+        return leaves if len(set(leaves)) >= LEAST_CLUSTERS else None
+
+
+def step_folders(evals_dir: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every evaluated checkpoint of a run, oldest first."""
+    found = [
+        (int(match[1]), path)
+        for path in (evals_dir.glob("step_*") if evals_dir.is_dir() else ())
+        if (match := _STEP_FOLDER.fullmatch(path.name)) is not None
+    ]
+    return sorted(found)
+
+
+def read_results(folder: Path) -> tuple[TaskResult, ...]:
+    """The results of one checkpoint, by task.
+
+    Raises:
+        EvalError: one of them is damaged.
+    """
+    return tuple(TaskResult.read(path) for path in sorted(folder.glob("*.json")) if path.name != GENERATIONS_FILE)
+
+
+def read_samples(folder: Path, result: TaskResult) -> list[Row]:
+    """The answers that a result was made from; none where the result names no file.
+
+    Raises:
+        EvalError: the file is missing or damaged.
+    """
+    if result.samples is None:
+        return []
+    path = folder / result.samples
+    if Path(result.samples).name != result.samples:
+        raise EvalError(f"{folder / result.task}.json: names {result.samples!r}; samples lie beside the result")
+    rows: list[Row] = []
+    try:
+        lines = path.read_bytes().splitlines()  # of bytes: a text may hold Unicode's own line separators
+    except OSError as error:
+        raise EvalError(
+            f"{path}: cannot be read ({error.strerror}); delete {result.task}.json to evaluate again"
+        ) from None
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise EvalError(f"{path}:{number}: not valid JSON: {error}; delete the result to evaluate again") from None
+        if not isinstance(row, dict):
+            raise EvalError(f"{path}:{number}: must be a JSON object, got {line[:80]!r}")
+        rows.append(row)
+    return rows
+
+
+def document_scores(result: TaskResult, rows: Sequence[Row]) -> dict[str, DocumentScores]:
+    """Metric of the result -> its value by document, for every metric that is a mean over documents.
+
+    Perplexity, for instance, is none: the exponential of a mean has no value for a single document that adds up.
+    """
+    found: dict[str, list[tuple[Row, float]]] = {}
+    for row in rows:
+        for name, value in (row.get("metrics") or {}).items():
+            if isinstance(value, bool | int | float):
+                filter_name = row.get("filter", "none")
+                metric = name if filter_name in ("none", None) else f"{name},{filter_name}"
+                found.setdefault(metric, []).append((row, float(value)))
+    scores = {}
+    for metric, pairs in found.items():
+        known = result.metrics.get(metric)
+        values = [value for _, value in pairs]
+        if known is None or not math.isclose(sum(values) / len(values), known.value, rel_tol=1e-6, abs_tol=1e-9):
+            continue
+        scores[metric] = DocumentScores(
+            metric,
+            tuple((str(row.get("task", result.task)), str(row.get("doc_id"))) for row, _ in pairs),
+            tuple(str(row.get("doc_hash")) for row, _ in pairs),
+            tuple(str(row.get("prompt_hash")) for row, _ in pairs),
+            tuple(values),
+        )
+    return scores
+
+
+def with_clustered_intervals(result: TaskResult, rows: Sequence[Row]) -> TaskResult:
+    """The result with clustered standard errors and intervals where its documents come in groups, such as MMLU's."""
+    metrics = dict(result.metrics)
+    for name, scores in document_scores(result, rows).items():
+        clusters = scores.clusters
+        if clusters is not None:
+            stderr = clustered_stderr(scores.values, clusters)
+            low, high = normal_interval(metrics[name].value, stderr)
+            within = (max(0.0, low), min(1.0, high)) if scores.is_right_or_wrong else (low, high)
+            metrics[name] = replace(metrics[name], stderr=stderr, ci95=within)
+    return replace(result, metrics=metrics)

@@ -1,0 +1,94 @@
+"""`megagpt eval explain` and `megagpt bench evals`: thin, as cli.py; imports stand inside the command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from megagpt.cli_base import PATH, configs_folder, examples
+
+
+@click.command(
+    "explain",
+    **examples(
+        "megagpt eval explain megagpt_smoke 3 --checkpoint runs/quickstart",
+        "megagpt eval explain mmlu_anatomy 0 --shots 5 --checkpoint runs/quickstart --data eval_data --json",
+    ),
+)
+@click.argument("task")
+@click.argument("doc", type=click.IntRange(min=0))
+@click.option("--checkpoint", type=PATH, required=True, help="A run (its newest checkpoint), or one step's folder.")
+@click.option("--data", "data_dir", type=PATH, help="Folder of local benchmark data; what it lacks comes from the hub.")
+@click.option(
+    "--shots", "n_shots", type=click.IntRange(min=0), help="Few-shot examples; the task's own where not given."
+)
+@click.option(
+    "--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True, help="Precision."
+)
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, with the whole context.")
+def eval_explain(task: str, doc: int, as_json: bool, **options: Any) -> None:  # noqa: FBT001
+    """Show how one document is scored: its tokens, their log-probabilities, what was cut, the decision and the gold.
+
+    TASK is a task of lm-eval or of megagpt, not a group; DOC is the number of the document, `doc_id` in the samples
+    files. The numbers are those of `eval run` with the same shots and precision.
+    """
+    from rich.console import Console
+
+    from evals.explain import explain, show
+    from evals.run import EvalRequest
+
+    found = explain(EvalRequest(tasks=(task,), suites_dir=configs_folder() / "evals", **options), task, doc)
+    if as_json:
+        click.echo(found.to_json())
+        return
+    console = Console()
+    if not console.is_terminal:  # a log file has no width
+        console.width = 120
+    show(found, console)
+
+
+@click.command(
+    "evals",
+    **examples(
+        "megagpt bench evals --checkpoint runs/quickstart --data eval_data --limit 100",
+        "megagpt bench evals --checkpoint runs/quickstart --data eval_data --tasks mmlu:5,gsm8k:5:50 --json evals.json",
+    ),
+)
+@click.option("--checkpoint", type=PATH, required=True, help="A run (its newest checkpoint), or one step's folder.")
+@click.option("--data", "data_dir", type=PATH, help="Folder of local benchmark data; what it lacks comes from the hub.")
+@click.option(
+    "--tasks",
+    default="arc_easy:0,arc_challenge:0,hellaswag:0,mmlu:5,gsm8k:5,truthfulqa_mc1:0,truthfulqa_mc2:0",
+    show_default=True,
+    help="TASK, TASK:SHOTS or TASK:SHOTS:LIMIT, comma-separated.",
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Documents a task, the first ones; all where not given.")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Of tasks that generate."
+)
+@click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Sequences a forward.")
+@click.option("--rounds", type=click.IntRange(min=1), default=1, show_default=True, help="Turns of each backend.")
+@click.option("--json", "json_file", type=PATH, help="Write the figures there as well.")
+def bench_evals(json_file: Path | None, **options: Any) -> None:
+    """Seconds to answer a suite's requests with our backend and with lm-eval's Hugging Face backend.
+
+    The checkpoint's weights in fp32 on the CPU, both from the same requests, by turns in one process; lm-eval's model
+    is the exported one. Building requests and computing metrics is lm-eval's own work and not timed. Answers are
+    compared: exit code 1 where a log-likelihood differs by more than 1e-4, a metric or a text differs at all, or our
+    backend is not three times as fast over all tasks.
+    """
+    from rich.console import Console
+
+    from evals.bench import BenchRequest, bench, show
+
+    console = Console()
+    if not console.is_terminal:  # a log file has no width
+        console.width = 140
+    found = bench(BenchRequest(**options), console)
+    show(found, console)
+    if json_file is not None:
+        json_file.write_text(found.to_json(), encoding="utf-8")
+    click.get_current_context().exit(0 if found.ok else 1)

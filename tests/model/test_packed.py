@@ -1,0 +1,99 @@
+"""Scores behind a key-value cache, against the plain forward pass; arithmetic that does not see the batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megagpt.config.schema import GPT2Model, LlamaModel
+from megagpt.model import packed, scoring
+from megagpt.model.build import build_model
+from megagpt.model.decoder import Decoder
+from megagpt.model.init import init_weights
+from megagpt.model.packed import FAST, row_invariant
+
+SIZES = {"n_layer": 2, "d_model": 40, "vocab_size": 61, "max_seq_len": 300}
+CONFIGS = [
+    GPT2Model(family="gpt2", n_head=4, **SIZES),
+    LlamaModel(family="llama", n_head=4, n_kv_head=2, d_ff=56, qk_norm=True, **SIZES),
+]
+LENGTHS = [5, 260, 1, 131]
+
+
+@pytest.fixture(params=CONFIGS, ids=["gpt2", "llama"])
+def model(request: pytest.FixtureRequest) -> Decoder:
+    model = build_model(request.param)
+    init_weights(model, seed=3)
+    return model.eval()
+
+
+def rows(seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(61, (n + 1,), generator=generator).tolist() for n in LENGTHS]
+
+
+def scores(model: Decoder, some: list[list[int]], cuts: list[int]) -> list[list[float]]:
+    """Log-probabilities of each row's tokens but the first; what stands before its cut goes into the cache first."""
+    cache = model.new_cache(len(some), max(map(len, some)))
+    found: list[list[float]] = [[] for _ in some]
+    with torch.inference_mode():
+        for part in ([row[: cut + 1] for row, cut in zip(some, cuts, strict=True)], some):
+            starts = [len(each) for each in found]
+            new = [len(row) - 1 - start for row, start in zip(part, starts, strict=True)]
+            width = max(new)
+            if width == 0:
+                continue
+            block = [[*row[s:-1], *[0] * (width - n)] for row, s, n in zip(part, starts, new, strict=True)]
+            wanted = [b * width + i for b, n in enumerate(new) for i in range(n)]
+            targets = [token for row, s in zip(part, starts, strict=True) for token in row[s + 1 :]]
+            values, greedy = model.score(torch.tensor(block), cache, new, torch.tensor(wanted), torch.tensor(targets))
+            assert greedy.dtype == torch.bool
+            for each, some_values in zip(found, values.split(new), strict=True):
+                each += some_values.tolist()
+    return found
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+def test_scores_are_the_log_probabilities_of_forward(model, invariant) -> None:
+    model.packing = row_invariant(40, torch.get_num_threads()) if invariant else FAST
+    found = scores(model, rows(), [3, 100, 0, 130])
+    for row, values in zip(rows(), found, strict=True):
+        with torch.inference_mode():
+            whole = model(torch.tensor([row[:-1]]))[0].log_softmax(-1)
+        assert values == pytest.approx(whole[range(len(row) - 1), row[1:]].tolist(), abs=2e-5)
+
+
+def test_bits_do_not_depend_on_the_batch_nor_on_where_the_cache_ends_nor_on_pieces(model, monkeypatch) -> None:
+    model.packing = row_invariant(40, torch.get_num_threads())
+    together = scores(model, rows(), [0, 0, 0, 0])
+    assert scores(model, rows(), [3, 100, 0, 127]) == together
+    assert [scores(model, [row], [min(len(row) - 2, 2)])[0] for row in rows()] == together
+    monkeypatch.setattr(packed, "SCORE_BYTES", 1)
+    monkeypatch.setattr(packed, "QUERIES", 64)
+    monkeypatch.setattr(scoring, "LOGIT_BYTES", 1)
+    assert scores(model, rows(), [3, 100, 0, 127]) == together
+
+
+def test_a_target_is_greedy_where_no_token_is_more_probable(model) -> None:
+    tokens = torch.tensor([rows()[0][:-1]])
+    with torch.inference_mode():
+        best = model(tokens)[0].argmax(-1)
+        wanted = torch.arange(5).repeat(2)
+        _, greedy = model.score(tokens, model.new_cache(1, 5), [5], wanted, torch.cat((best, (best + 1) % 61)))
+    assert greedy.tolist() == [True] * 5 + [False] * 5
+
+
+def test_nothing_wanted_fills_the_cache_and_gives_nothing(model) -> None:
+    cache = model.new_cache(1, 5)
+    nothing = torch.empty(0, dtype=torch.int64)
+    with torch.inference_mode():
+        values, greedy = model.score(torch.tensor([rows()[0][:-1]]), cache, [5], nothing, nothing)
+    assert (values.shape, greedy.shape, cache.lengths) == ((0,), (0,), [5])
+
+
+def test_tokens_are_filled_up_to_whole_vectors_of_every_thread() -> None:
+    assert [row_invariant(768, 1).filled(n) for n in (1, 32, 33)] == [32, 32, 64]
+    assert [row_invariant(768, 2).filled(n) for n in (1, 64, 65)] == [64, 64, 128]
+    many = row_invariant(768, 16)
+    assert many.filled(1) * 768 > 15 * 32768
+    assert many.filled(1) % (16 * 32) == 0
