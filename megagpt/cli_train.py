@@ -86,7 +86,7 @@ def _supervise(config: Any, command: Any, environment: dict[str, str], configs: 
     # pdsh waits for ssh, and ssh by itself for ever for a host that has gone.
     environment.setdefault("PDSH_SSH_ARGS_APPEND", "-o ServerAliveInterval=15 -o ServerAliveCountMax=4")
     patience = Patience(options["restarts"], options["wait"])
-    supervisor = Supervisor(config.run.dir, words, environment, patience, say)
+    supervisor = Supervisor(config.run.dir, words, environment, patience, say, config.train.max_steps)
     return supervisor.run()
 
 

@@ -20,7 +20,7 @@ import psutil
 
 from megagpt.checkpoint.store import CheckpointStore
 from megagpt.errors import MegaGPTError, RunBusy, SaveFailed, TrainingDiverged, TrainingHung
-from megagpt.train.events import log_event
+from megagpt.train.events import count_ends, log_event
 
 STOPPED = 128 + signal.SIGTERM
 """Exit code where a stop was asked for and the run did not say that it had saved."""
@@ -28,6 +28,7 @@ FINAL_CODES = (MegaGPTError.exit_code, TrainingDiverged.exit_code)
 """The same command would end with them again: what it says is to be mended first."""
 
 _CAUSES = {
+    0: "the launcher ended without an error, but the run is not done: a process of the launcher was killed",
     1: "a process ended with an error of the program; its traceback stands above",
     RunBusy.exit_code: "another process trains in the run's folder",
     TrainingHung.exit_code: "a rank hung or was lost",
@@ -62,6 +63,7 @@ class Supervisor:
         environment: of the launcher.
         patience: see there.
         say: shows a line to the user.
+        last_step: of the run; at its checkpoint the run is done.
     """
 
     def __init__(
@@ -71,8 +73,10 @@ class Supervisor:
         environment: Mapping[str, str],
         patience: Patience,
         say: Callable[[str], object],
+        last_step: int,
     ) -> None:
         self._run_dir = run_dir
+        self._last_step = last_step
         self._store = CheckpointStore(run_dir / "checkpoints")
         self._command = command
         self._environment = environment
@@ -91,11 +95,11 @@ class Supervisor:
             signal.signal(number, self._on_signal)
         failures = 0
         while True:
-            before = self._newest_step()
+            before, ends_before = self._newest_step(), count_ends(self._run_dir)
             code = self._attempt()
             if self._stopping:
                 return 0 if self._newest_step() > before or code == 0 else STOPPED
-            if code == 0 or code in FINAL_CODES:
+            if (code == 0 and self._has_ended(ends_before)) or code in FINAL_CODES:
                 return code
             progressed = self._newest_step() > before
             failures = 1 if progressed else failures + 1
@@ -105,9 +109,17 @@ class Supervisor:
                     f"{self._run_dir}: given up after {failures} failures in a row without a new checkpoint; "
                     f"the last one: {cause_of(code)}"
                 )
-                return code if code > 0 else 128 - code
+                return max(code, 1) if code >= 0 else 128 - code
             if self._asked_to_stop_while_waiting(code, failures):
                 return STOPPED
+
+    def _has_ended(self, ends_before: int) -> bool:
+        """Whether the run itself says so.
+
+        The exit code alone does not: DeepSpeed 0.19.8's `deepspeed` also ends with 0 where the process that it started
+        was killed (launcher/runner.py takes only positive codes for failures).
+        """
+        return self._newest_step() >= self._last_step or count_ends(self._run_dir) > ends_before
 
     def _attempt(self) -> int:
         """Run the launcher once, and leave none of its processes behind; its exit code, negative for a signal."""

@@ -43,6 +43,13 @@ def log_event(run_dir: Path, event: str, step: int, **details: Any) -> None:
             sys.stderr.write(f"warning: {path}: not written: {error.strerror}: {json.dumps(row)}\n")
 
 
+def count_ends(run_dir: Path) -> int:
+    """How often the run has said that it is over, or stopped as it was asked to."""
+    path = run_dir / EVENTS
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    return sum('"event": "finished"' in line or '"event": "stopped"' in line for line in lines)
+
+
 def log_start(run_dir: Path, step: int, cut_off: CutOff, **details: Any) -> None:
     """Say that training begins, or goes on after a process that has ended.
 

@@ -38,7 +38,7 @@ import os, sys
 from pathlib import Path
 from megagpt.supervise.supervisor import Patience, Supervisor
 
-supervisor = Supervisor(Path(sys.argv[1]), lambda: sys.argv[2:], os.environ, Patience(1, 0.2), print)
+supervisor = Supervisor(Path(sys.argv[1]), lambda: sys.argv[2:], os.environ, Patience(1, 0.2), print, 12)
 sys.exit(supervisor.run())
 """
 

@@ -16,6 +16,7 @@ import pytest
 from megagpt.errors import RunBusy
 from megagpt.supervise.supervisor import STOPPED, Patience, Supervisor, cause_of, processes_of
 
+LAST_STEP = 90
 # Does what the next line of a file says: saves a step, leaves a process behind, waits, ends.
 LAUNCHER = """
 import json, os, signal, subprocess, sys, time
@@ -29,6 +30,9 @@ if "save" in do:
     step_dir = folder / "run" / "checkpoints" / f"step_{do['save']:08d}"
     step_dir.mkdir(parents=True)
     (step_dir / "manifest.json").touch()
+if "say" in do:
+    with (folder / "run" / "events.jsonl").open("a") as file:
+        file.write(json.dumps({"event": do["say"], "step": 1}) + "\\n")
 if "leave" in do:
     program = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(1000)"
     left = subprocess.Popen([sys.executable, "-c", program])
@@ -42,6 +46,9 @@ if "signal" in do:
     os.kill(os.getpid(), do["signal"])
 sys.exit(do["code"])
 """
+
+
+DONE = {"save": LAST_STEP, "code": 0}
 
 
 @pytest.fixture
@@ -60,6 +67,7 @@ def supervised(tmp_path):
                 os.environ,
                 Patience(restarts, first_wait_seconds=0.01, grace_seconds=0.3),
                 said.append,
+                LAST_STEP,
             ).run()
         finally:
             for number, handler in handlers.items():
@@ -72,7 +80,7 @@ def supervised(tmp_path):
 
 
 def test_a_failure_is_followed_by_a_start_and_the_history_tells_it(supervised):
-    code, starts, said, events = supervised({"save": 4, "code": 1}, {"signal": 9, "code": 0}, {"code": 0})
+    code, starts, said, events = supervised({"save": 4, "code": 1}, {"signal": 9, "code": 0}, DONE)
     assert (code, starts) == (0, 3)
     assert [(event["event"], event["step"], event["exit_code"]) for event in events] == [
         ("failed", 4, 1),
@@ -94,13 +102,31 @@ def test_what_would_happen_again_is_not_tried_again(final, supervised):
     assert supervised({"code": final})[:2] == (final, 1)
 
 
+@pytest.mark.parametrize("killed", [{"code": 0}, {"save": 5, "code": 0}, {"say": "hung", "code": 0}])
+def test_a_run_that_is_not_done_is_started_again_whatever_the_launcher_says(killed, supervised):
+    """`deepspeed` ends with 0 where the launcher of a host was killed."""
+    code, starts, said, events = supervised(killed, DONE)
+    assert (code, starts) == (0, 2)
+    assert "the run is not done: a process of the launcher was killed; starting again" in said[0]
+    assert events[-1]["exit_code"] == 0
+
+
+def test_a_run_that_never_gets_done_is_given_up_with_a_code_that_says_so(supervised):
+    assert supervised(*[{"code": 0}] * 9, restarts=1)[:2] == (1, 2)
+
+
+@pytest.mark.parametrize("end", [DONE, {"say": "stopped", "code": 0}, {"say": "finished", "code": 0}])
+def test_a_run_that_says_that_it_is_over_is_over(end, supervised):
+    assert supervised(end)[:2] == (0, 1)
+
+
 def test_a_busy_folder_is_tried_again(supervised):
-    assert supervised({"code": RunBusy.exit_code}, {"code": 0})[:2] == (0, 2)
+    assert supervised({"code": RunBusy.exit_code}, DONE)[:2] == (0, 2)
 
 
 @pytest.mark.parametrize("state", ["sleeping", "stopped"])
 def test_nothing_of_a_failed_start_is_left_when_the_next_one_comes(state, supervised, tmp_path):
-    code, _, said, _ = supervised({"leave": state, "code": 1}, {"code": 0})
+    code, _, said, _ = supervised({"leave": state, "code": 1}, DONE)
     assert code == 0
     pid = int((tmp_path / "left").read_text())
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
