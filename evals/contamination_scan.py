@@ -94,8 +94,8 @@ def write_index(folder: Path, items: Sequence[ItemNgrams], tasks: Sequence[str])
     unique, starts = np.unique(hashes, return_index=True)
     bloom = np.zeros(bloom_bytes(len(unique)), np.uint8)
     set_bloom_bits(bloom, unique)
-    arrays: tuple[NDArray[Any], ...]
-    arrays = (unique, np.append(starts, len(hashes)).astype(np.int64), numbers, bloom, _lengths(items))
+    bounds = np.append(starts, len(hashes)).astype(np.int64)
+    arrays: list[NDArray[Any]] = [unique, bounds, numbers, bloom, _lengths(items)]
     for name, array in zip(_ARRAYS, arrays, strict=True):
         np.save(folder / f"{name}.npy", array)
     return np.bincount(numbers, minlength=len(items))
