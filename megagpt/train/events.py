@@ -7,7 +7,8 @@ Every row has `time` (UTC), `event` and `step`:
     saved               seconds that training waited, written_in_seconds until it was durable
     save_failed         cause, in_a_row
     failed              exit_code and cause, by `megagpt train --restarts`
-    stopped, finished
+    stopped             cause: asked to, or the launcher had ended (see `train.stop`)
+    finished
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 import psutil
 
 from megagpt.train.metrics import CutOff
+from megagpt.train.stop import ASKED
 
 EVENTS = "events.jsonl"
 
@@ -44,10 +46,10 @@ def log_event(run_dir: Path, event: str, step: int, **details: Any) -> None:
 
 
 def count_ends(run_dir: Path) -> int:
-    """How often the run has said that it is over, or stopped as it was asked to."""
+    """How often the run has said that it is over, or that it stopped because it was asked to."""
     path = run_dir / EVENTS
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    return sum('"event": "finished"' in line or '"event": "stopped"' in line for line in lines)
+    return sum('"event": "finished"' in line or ('"event": "stopped"' in line and ASKED in line) for line in lines)
 
 
 def log_start(run_dir: Path, step: int, cut_off: CutOff, **details: Any) -> None:

@@ -140,6 +140,7 @@ def _train_in_folder(config: TrainingRun, opened: Opened, mesh: Mesh, console: C
     mesh.on_main(lambda: _write_run_files(config, plan, engine, identity))
     progress = ProgressLine(console, config.train.max_steps, state.step, shown=mesh.is_main and config.log.progress)
     metrics, cut_off = mesh.together(lambda: _open_metrics(config, state, mesh, progress.say))
+    stop = StopRequest()
     told = {"world_size": plan.world_size} | ({"changed": changes} if changes else {})
     mesh.on_main(lambda: log_start(config.run.dir, state.step, cut_off, **told))
     with progress, closing(metrics), _saver(config, engine, store, identity, progress) as saver:
@@ -157,7 +158,7 @@ def _train_in_folder(config: TrainingRun, opened: Opened, mesh: Mesh, console: C
                 schedule=lr_schedule(config.optim, config.train.max_steps),
                 metrics=metrics,
                 progress=progress,
-                stop=StopRequest(),
+                stop=stop,
                 saver=saver,
                 restore=lambda: _restore_newest(engine, store),
                 watch=watch,
@@ -165,8 +166,10 @@ def _train_in_folder(config: TrainingRun, opened: Opened, mesh: Mesh, console: C
                 mfu_per_token_rate=_mfu_per_token_rate(config, plan, mesh),
             ),
         )
-    event = "stopped" if final.step < config.train.max_steps else "finished"
-    mesh.on_main(lambda: log_event(config.run.dir, event, final.step))
+    if final.step < config.train.max_steps:
+        mesh.on_main(lambda: log_event(config.run.dir, "stopped", final.step, cause=stop.cause))
+    else:
+        mesh.on_main(lambda: log_event(config.run.dir, "finished", final.step))
 
 
 def _newest_checkpoint(

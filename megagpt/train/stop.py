@@ -7,6 +7,8 @@ from types import FrameType
 
 import psutil
 
+ASKED, LAUNCHER_GONE = "asked to", "the launcher had ended"
+
 
 class StopRequest:
     """True from SIGTERM (a scheduler's request), SIGUSR1 (its early warning), Ctrl-C, or the end of `deepspeed` itself.
@@ -27,6 +29,11 @@ class StopRequest:
     def requested(self) -> bool:
         """Whether to save and stop."""
         return self._signalled or (self._launcher is not None and not _alive(self._launcher))
+
+    @property
+    def cause(self) -> str:
+        """Why, where it is requested; a request that came to another process only is one that was made."""
+        return ASKED if self._signalled or not self.requested else LAUNCHER_GONE
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - signal's signature
         self._signalled = True

@@ -14,7 +14,7 @@ import pytest
 from tests.distributed.processes import start, train_command
 from tests.distributed.runs import metric_rows
 from tests.distributed.test_launcher import LAUNCHER, ROOT
-from tests.distributed.test_resume import files_of
+from tests.distributed.test_resume import files_of, published, wait_until
 from tests.tiny import run_words
 
 pytestmark = [pytest.mark.exhaustive, pytest.mark.timeout(400)]
@@ -82,3 +82,30 @@ def test_the_run_ends_as_a_calm_one(kind, world_size, rank, at, layout, tmp_path
     assert events[[event["event"] for event in events].index("hung")]["ranks"] == [rank]
     here = str(tmp_path)
     assert [one.pid for one in psutil.process_iter(["cmdline"]) if here in " ".join(one.info["cmdline"] or ())] == []
+
+
+@pytest.mark.parametrize("killed", ["deepspeed.launcher.launch", "bin/deepspeed"])
+def test_a_launcher_that_is_killed_is_no_end(killed, tmp_path, tokens):
+    """Its ranks save and stop, and `deepspeed` may end with 0: nobody has asked for that."""
+    usual = ["checkpoint.save_every=20", "train.max_steps=300"]
+    calm = start(train_command, 2, run_words(tmp_path / "calm", tokens, *usual), log=tmp_path / "calm.log")
+    options = ["--restarts", "1", "--wait", "0.2", "--processes", "2"]
+    options += ["--launcher-args", f"--master_port {20_000 + os.getpid() % 20_000}"]
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    with log.open("wb") as out:
+        words = [LAUNCHER.with_name("megagpt"), "train", *options, *run_words(run_dir, tokens, *usual)]
+        supervisor = subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        wait_until(lambda: len(published(run_dir)) >= 2)
+        for process in psutil.Process(supervisor.pid).children(recursive=True):
+            if any(killed in word for word in process.cmdline()[:5]):
+                process.kill()
+                break
+        assert supervisor.wait(200) == 0, log.read_text()
+    finally:
+        supervisor.terminate()
+        supervisor.wait()
+    calm.finish()
+    assert "starting again" in log.read_text()
+    assert files_of(run_dir, 300) == files_of(tmp_path / "calm", 300)
+    assert metric_rows(run_dir) == metric_rows(tmp_path / "calm")

@@ -15,6 +15,7 @@ import pytest
 
 from megagpt.errors import RunBusy
 from megagpt.supervise.supervisor import STOPPED, Patience, Supervisor, cause_of, processes_of
+from megagpt.train.stop import ASKED, LAUNCHER_GONE
 
 LAST_STEP = 90
 # Does what the next line of a file says: saves a step, leaves a process behind, waits, ends.
@@ -32,7 +33,7 @@ if "save" in do:
     (step_dir / "manifest.json").touch()
 if "say" in do:
     with (folder / "run" / "events.jsonl").open("a") as file:
-        file.write(json.dumps({"event": do["say"], "step": 1}) + "\\n")
+        file.write(json.dumps({"event": do["say"], "step": 1, "cause": do.get("cause", "")}) + "\\n")
 if "leave" in do:
     program = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(1000)"
     left = subprocess.Popen([sys.executable, "-c", program])
@@ -102,7 +103,15 @@ def test_what_would_happen_again_is_not_tried_again(final, supervised):
     assert supervised({"code": final})[:2] == (final, 1)
 
 
-@pytest.mark.parametrize("killed", [{"code": 0}, {"save": 5, "code": 0}, {"say": "hung", "code": 0}])
+@pytest.mark.parametrize(
+    "killed",
+    [
+        {"code": 0},
+        {"save": 5, "code": 0},
+        {"say": "hung", "code": 0},
+        {"say": "stopped", "cause": LAUNCHER_GONE, "code": 0},
+    ],
+)
 def test_a_run_that_is_not_done_is_started_again_whatever_the_launcher_says(killed, supervised):
     """`deepspeed` ends with 0 where the launcher of a host was killed."""
     code, starts, said, events = supervised(killed, DONE)
@@ -115,7 +124,7 @@ def test_a_run_that_never_gets_done_is_given_up_with_a_code_that_says_so(supervi
     assert supervised(*[{"code": 0}] * 9, restarts=1)[:2] == (1, 2)
 
 
-@pytest.mark.parametrize("end", [DONE, {"say": "stopped", "code": 0}, {"say": "finished", "code": 0}])
+@pytest.mark.parametrize("end", [DONE, {"say": "stopped", "cause": ASKED, "code": 0}, {"say": "finished", "code": 0}])
 def test_a_run_that_says_that_it_is_over_is_over(end, supervised):
     assert supervised(end)[:2] == (0, 1)
 
