@@ -130,9 +130,8 @@ def scan_all(
             for done in as_completed([pool.submit(_scan_part, *part, index, tokenizer) for part in parts]):
                 everything.add(found := done.result())
                 on_tokens(found.tokens)
-        except BaseException:
+        finally:  # after an error or Ctrl-C, parts that have not begun need not; otherwise none is left
             pool.shutdown(cancel_futures=True)
-            raise
     return everything
 
 

@@ -34,13 +34,13 @@ from evals.run import EvalRequest, run_evals
 from evals.sandbox.run import run_program
 from evals.task_loader import TaskUnavailableError
 from megagpt.errors import EvalError
-from tests.evals.conftest import CONTEXT, save_run
+from tests.evals.conftest import CONTEXT, SHARED, save_run
 from tests.evals.sandbox_host import needs_namespaces
 
-SHARED = Path("/work/shared/data/evals/humaneval/HumanEval.jsonl.gz")
+REAL = SHARED / "humaneval" / "HumanEval.jsonl.gz"
 SUITES = Path(__file__).resolve().parents[2] / "configs" / "evals"
 
-with_shared = pytest.mark.skipif(not SHARED.is_file(), reason=f"{SHARED} is not here")
+with_shared = pytest.mark.skipif(not REAL.is_file(), reason=f"{REAL} is not here")
 
 DOUBLE = Problem(
     "ours/0",
@@ -209,7 +209,7 @@ def test_problems_are_items_that_must_not_be_trained_on(tmp_path: Path) -> None:
 
 
 def real_problems() -> list[Problem]:
-    return [Problem(**json.loads(line)) for line in gzip.decompress(SHARED.read_bytes()).splitlines()]
+    return [Problem(**json.loads(line)) for line in gzip.decompress(REAL.read_bytes()).splitlines()]
 
 
 @with_shared

@@ -25,10 +25,9 @@ from evals.mt_bench.scores import bootstrap_metric, score
 from evals.results import TaskResult
 from megagpt.cli import main
 from megagpt.errors import EvalError
-from tests.evals.conftest import save_run
+from tests.evals.conftest import SHARED, save_run
 from tests.evals.judge_server import judge_server
 
-SHARED = Path("/work/shared/data/evals")
 ORDER = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 
 

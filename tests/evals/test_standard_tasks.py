@@ -20,10 +20,10 @@ from evals.task_loader import TaskUnavailableError, data_sets, load_task, plan_f
 from megagpt.cli import main
 from megagpt.config.load import load_config
 from megagpt.errors import EvalError
+from tests.evals.conftest import SHARED
 from tests.evals.fixtures import gsm8k_rows
 
 SUITES = Path(__file__).resolve().parents[2] / "configs" / "evals"
-SHARED = Path("/work/shared/data/evals")
 with_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is not here")
 NAMES = ("Anna", "Ben", "Cora", "Dan")
 
