@@ -158,8 +158,11 @@ def test_killed_twice_on_the_way(config: Path, server: Server, whole):
     assert snapshot(out) == files
 
 
-def killed_at_random_moments(folder: Path, n_kills: int, workers: int) -> int:
-    """The real program in a process group of its own, killed whole `n_kills` times; how often it was still at work."""
+def killed_at_random_moments(folder: Path, n_kills: int, workers: int) -> None:
+    """The real program in a process group of its own, killed whole at work `n_kills` times.
+
+    A kill that comes after the program has ended counts for nothing: how long a run takes is known only about.
+    """
     corpus = write_corpus(folder / "corpus", n_shards=4)
     undisturbed = job_for(corpus, folder / "undisturbed", workers=workers, **EVERYTHING)
     disturbed = job_for(corpus, folder / "disturbed", workers=workers, **EVERYTHING)
@@ -171,7 +174,7 @@ def killed_at_random_moments(folder: Path, n_kills: int, workers: int) -> int:
     longest = min(time.perf_counter() - started, MOST_SECONDS)
     rng = random.Random(n_kills)
     at_work = 0
-    for _ in range(n_kills):
+    for _ in range(10 * n_kills):
         with subprocess.Popen(
             [*command, str(folder / "disturbed.yaml")],
             cwd=REPO,
@@ -186,17 +189,19 @@ def killed_at_random_moments(folder: Path, n_kills: int, workers: int) -> int:
         if (disturbed.out / "report.html").is_file():
             assert snapshot(disturbed.out).keys() == snapshot(undisturbed.out).keys()
             shutil.rmtree(disturbed.out)
+        if at_work == n_kills:
+            break
+    assert at_work == n_kills
     subprocess.run([*command, str(folder / "disturbed.yaml")], cwd=REPO, check=True, capture_output=True)
     before, after = snapshot(undisturbed.out), snapshot(disturbed.out)
     assert [name for name in before if before[name] != after.get(name)] == []
-    return at_work
 
 
 def test_the_program_killed_at_random_moments_ends_with_the_same_bytes(tmp_path: Path):
-    assert killed_at_random_moments(tmp_path, 2, workers=2) > 0
+    killed_at_random_moments(tmp_path, 2, workers=2)
 
 
 @pytest.mark.exhaustive
 @pytest.mark.timeout(3600)
 def test_the_program_killed_at_a_hundred_random_moments(tmp_path: Path):
-    assert killed_at_random_moments(tmp_path, 100, workers=2) > 50
+    killed_at_random_moments(tmp_path, 100, workers=2)
