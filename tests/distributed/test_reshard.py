@@ -16,6 +16,7 @@ import json
 import logging
 import shutil
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,10 +79,18 @@ class Layout:
 
 def layout(where, tokens, name, world_size, *words, family="gpt2") -> Layout:
     base, sizes = SIZES[family]
-    usual = [f"train.max_steps={LAST}", "optim.lr=3e-3", "train.micro_batch_size=2"]
-    config = run_config(where / "unused", tokens, *sizes, *usual, *words, family=base)
+    usual = [f"train.max_steps={LAST}", "optim.lr=3e-3"]
+    config = quick(run_config(where / "unused", tokens, *sizes, *usual, *words, family=base), world_size)
     assert is_legal(config, world_size), name
     return Layout(name, config, world_size)
+
+
+def quick(config: TrainingRun, world_size: int) -> TrainingRun:
+    """With the largest micro-batch (nothing here depends on it): a pipeline has as many as stages, others one."""
+    parallel = config.parallel
+    data = world_size // (parallel.tensor * parallel.sequence * parallel.pipeline)
+    micro = config.train.global_batch_size // (data * parallel.pipeline)
+    return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_size": micro})})
 
 
 def plain_layouts(where, tokens, family="gpt2", most=4) -> list[Layout]:
@@ -98,7 +107,7 @@ def plain_layouts(where, tokens, family="gpt2", most=4) -> list[Layout]:
             if once and max(parallel.tensor, parallel.pipeline, parallel.sequence) <= 2:
                 degrees = f"pp{parallel.pipeline}sp{parallel.sequence}tp{parallel.tensor}"
                 name = f"{world_size}-{degrees}{'ts' * parallel.tensor_sequence}-zero{parallel.zero_stage}"
-                found.append(Layout(name, config, world_size))
+                found.append(Layout(name, quick(config, world_size), world_size))
     return found
 
 
@@ -139,7 +148,7 @@ def muon_layouts(where, tokens) -> list[Layout]:
             parallel = config.parallel
             if max(parallel.tensor, parallel.sequence) <= 2:
                 name = f"muon-{world_size}-sp{parallel.sequence}tp{parallel.tensor}{'ts' * parallel.tensor_sequence}"
-                found.append(Layout(f"{name}-zero{parallel.zero_stage}", config, world_size))
+                found.append(Layout(f"{name}-zero{parallel.zero_stage}", quick(config, world_size), world_size))
     return found
 
 
@@ -183,16 +192,19 @@ def truth_of(step_dir: Path, out: Path) -> None:
 
 
 def run_groups(laid: list[tuple[Layout, Laid]], where: Path, seconds: float) -> dict[str, Shown]:
-    """One group of processes for all layouts of the same degrees, one group after the other."""
+    """A group of processes for all layouts of the same degrees; two at a time: one computes while the other waits."""
     groups = defaultdict(list)
     for one, what in laid:
         groups[one.degrees].append(what)
-    found: dict[str, Shown] = {}
-    for degrees, members in groups.items():
+
+    def run_group(degrees: tuple[int, ...]) -> dict[str, Shown]:
         out = where / f"{'x'.join(map(str, degrees))}.json"
-        start(run_layouts, degrees[0], members, out, log=out.with_suffix(".log")).finish(seconds)
-        found |= read_shown(out)
-    return found
+        start(run_layouts, degrees[0], groups[degrees], out, log=out.with_suffix(".log")).finish(seconds)
+        return read_shown(out)
+
+    longest_first = sorted(groups, key=lambda degrees: -degrees[0] * len(groups[degrees]))
+    with ThreadPoolExecutor(2) as pool:
+        return {name: shown for found in pool.map(run_group, longest_first) for name, shown in found.items()}
 
 
 @dataclass(frozen=True)

@@ -62,9 +62,9 @@ def test_what_a_rollback_skips_is_kept_though_it_lies_ahead():
 
 def test_a_late_step_costs_no_more_than_an_early_one():
     """A loop over all batches would take minutes."""
-    began = time.perf_counter()
+    began = time.process_time()
     assert batch_of(10**15, ((10, 20), (10**12, 10**12 + 5))) == 10**15 + 15
-    assert time.perf_counter() - began < 0.1
+    assert time.process_time() - began < 0.1
 
 
 @pytest.mark.parametrize("words", ["[[5, 5]]", "[[-1, 3]]", "[[7, 2]]"])
