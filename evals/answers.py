@@ -4,6 +4,10 @@ One append-only file a task and writer, `answers/<task>.<key>.<writer>.jsonl`: a
 JSON lines and not SQLite: appending whole lines needs no lock, transaction or recovery when a process is killed, every
 process of a shared evaluation writes a file of its own, and a damaged line costs that line. The key is a hash of all
 that decides an answer but the request; so no two checkpoints, precisions or versions of this code ever share one.
+
+Where arithmetic is not row-invariant (half precision, a GPU), an answer's last digits depend on what shares its batch.
+Then only an evaluation of the same layout, batch size and device takes it, and its last digits may not be those of an
+evaluation that was never killed.
 """
 
 from __future__ import annotations
@@ -36,8 +40,9 @@ class AnswerKey:
     """Fingerprint."""
     code: str
     """From `code_version`."""
-    batch_invariant: bool = False
-    """Whether the model ran row-invariant arithmetic."""
+    arithmetic: str
+    """What decides the last digits (`evals.run.Evaluation.arithmetic`): of row-invariant arithmetic its bits, which no
+    layout changes, so that any number of processes goes on with the answers; else the layout and the device."""
 
     @property
     def digest(self) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from evals.answers import AnswerStore, request_hash
-from evals.decoding import GenerationSettings, generate_texts
+from evals.decoding import GenerationSettings, Written, generate_texts
 from evals.encoding import encode_pairs
 from evals.forwards import Answer, PlanRunner
 from evals.prefix_tree import Continuation, cut_in_parts, plan_forwards
@@ -28,9 +28,6 @@ from evals.sharing import Sharing
 from megagpt.errors import EvalError
 from megagpt.generate import Model
 from megagpt.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from megagpt.model.scoring import ScoringModel
 
 DEFAULT_MAX_GEN_TOKS = 256
 """Tokens to generate where a task does not say. Source: lm-eval 0.4.13, HFLM.max_gen_toks."""
@@ -98,7 +95,7 @@ class MegaGPTLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         self.truncated: dict[str, set[int]] = {}
         """Task -> documents whose prompt lost its beginning in at least one request."""
         self.tokens_computed = 0
-        """Tokens that ran through the model so that continuations could be scored; generation is not counted."""
+        """Tokens that ran through the model: of what was scored, of prompts that were continued, and those written."""
         self.tokens_naive = 0
         """What it would have been with one input a request."""
         self.n_forwards = 0
@@ -213,23 +210,27 @@ class MegaGPTLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             if found is None:
                 asked.append((prompt, identity))
             else:
-                texts[index] = found
+                texts[index], n_new = found
+                self.tokens_naive += len(tokens) + n_new
         self._resumed(len(texts))
         # Longest first: what runs out of memory does so at once. Similar lengths share a batch.
         asked.sort(key=lambda item: (-len(item[0][1]), item[0][1], item[0][0]))
         batches = list(_chunks(asked, self.batch_size))
 
-        def write(batch: Sequence[tuple[_Prompt, str]]) -> list[str]:
+        def write(batch: Sequence[tuple[_Prompt, str]]) -> list[Written]:
             rows, names = [tokens for (_, tokens, _), _ in batch], [name for (_, _, name), _ in batch]
             found = generate_texts(self.model, self.tokenizer, rows, settings, names)
             if self._answers is not None and self._sharing.keeps_answers:
-                for (_, identity), text in zip(batch, found, strict=True):
-                    self._answers.put(identity, text)
+                for (_, identity), one in zip(batch, found, strict=True):
+                    self._answers.put(identity, [one.text, one.n_tokens])
             return found
 
         for number, written in self._sharing.map(batches, write):
             batch = batches[number]
-            texts.update(zip((index for (index, _, _), _ in batch), written, strict=True))
+            for ((index, tokens, _), _), one in zip(batch, written, strict=True):
+                texts[index] = one.text
+                self.tokens_computed += len(tokens) + one.n_tokens
+                self.tokens_naive += len(tokens) + one.n_tokens
             self._advance(len(batch))
         return texts
 
@@ -311,7 +312,7 @@ class MegaGPTLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
                     receive(part[number], answer)
 
             plan = plan_forwards(part, share_prefixes=self.share_prefixes)
-            runner = PlanRunner(cast("ScoringModel", self.model), part, self.batch_size, on_answer)
+            runner = PlanRunner(self.model, part, self.batch_size, on_answer)
             runner.run(plan)
             return [found[number] for number in range(len(part))], runner.n_forwards, plan.n_tokens
 

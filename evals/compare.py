@@ -234,6 +234,8 @@ def _settings_differ(a: TaskResult, b: TaskResult) -> list[str]:
         ("version of the task", a.task_version, b.task_version),
         ("data", _data_of(a), _data_of(b)),
         ("documents", f"{a.n} of {a.n_total}", f"{b.n} of {b.n_total}"),
+        ("judge", a.settings.get("judge"), b.settings.get("judge")),
+        ("the judge's prompts", *(_judge_prompts_of(result) for result in (a, b))),
     ):
         if before != after:
             reasons.append(f"{name}: {before} and {after}")
@@ -243,6 +245,10 @@ def _settings_differ(a: TaskResult, b: TaskResult) -> list[str]:
 def _data_of(result: TaskResult) -> str:
     """What identifies the rows: their hash, else where they come from."""
     return str(result.data.get("sha256") or f"{result.data.get('origin')} {result.data.get('path_or_id')}")
+
+
+def _judge_prompts_of(result: TaskResult) -> Any:
+    return result.settings.get("judge_prompts") or result.settings.get("judge_prompt")
 
 
 def _documents_differ(a: DocumentScores, b: DocumentScores) -> list[str]:

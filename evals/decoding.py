@@ -48,13 +48,23 @@ class GenerationSettings:
         return cls(int(arguments["max_gen_toks"]), tuple(stop for stop in arguments["until"] if stop), sampling)
 
 
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a model wrote behind a prompt."""
+
+    text: str
+    """Up to the first stop string."""
+    n_tokens: int
+    """Generated, those of the stop string included."""
+
+
 def generate_texts(
     model: Model,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     settings: GenerationSettings,
     row_names: Sequence[str] | None = None,
-) -> list[str]:
+) -> list[Written]:
     """Continue each prompt and cut the text before the first stop string.
 
     Args:
@@ -65,9 +75,11 @@ def generate_texts(
         row_names: as for `megagpt.generate.generate`.
     """
     written: list[list[int]] = [[] for _ in prompts]
+    n_tokens = [0] * len(prompts)
     look_back = _LOOK_BACK + max((len(stop.encode()) for stop in settings.stops), default=0)
 
     def has_stopped(row: int, token: int) -> bool:
+        n_tokens[row] += 1
         if token < tokenizer.vocab_size:
             written[row].append(token)
         tail = tokenizer.decode(written[row][-look_back:])
@@ -82,7 +94,8 @@ def generate_texts(
         on_token=has_stopped,
         row_names=row_names,
     )
-    return [cut_at_first_stop(tokenizer.decode(tokens), settings.stops) for tokens in written]
+    texts = [cut_at_first_stop(tokenizer.decode(tokens), settings.stops) for tokens in written]
+    return [Written(text, n) for text, n in zip(texts, n_tokens, strict=True)]
 
 
 def cut_at_first_stop(text: str, stops: Sequence[str]) -> str:

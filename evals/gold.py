@@ -25,6 +25,9 @@ class GoldScores:
     """Of the right answer's text behind its prompt, its leading space included."""
     margin: float | None
     """Log-probability of the right answer less that of the likeliest wrong one, in nats; None without wrong ones."""
+    bits_per_byte_stderr: float | None = None
+    """Standard error of the mean; None of a single document, and in files of older versions."""
+    margin_stderr: float | None = None
 
 
 def gold_scores(samples: Sequence[Mapping[str, Any]]) -> GoldScores | None:
@@ -45,7 +48,22 @@ def gold_scores(samples: Sequence[Mapping[str, Any]]) -> GoldScores | None:
             margins.append(logprobs[gold] - max(others))
     if not bits:
         return None
-    return GoldScores(len(bits), statistics.fmean(bits), statistics.fmean(margins) if margins else None)
+    return GoldScores(
+        n=len(bits),
+        bits_per_byte=statistics.fmean(bits),
+        margin=statistics.fmean(margins) if margins else None,
+        bits_per_byte_stderr=_stderr(bits),
+        margin_stderr=_stderr(margins),
+    )
+
+
+def _stderr(values: Sequence[float]) -> float | None:
+    """Of the mean; not a number where a value is none (a model that diverged), as the mean then is."""
+    if len(values) < 2:
+        return None
+    mean = statistics.fmean(values)
+    away = [value - mean for value in values]
+    return math.sqrt(math.fsum(each * each for each in away) / (len(values) - 1) / len(values))
 
 
 def _gold(sample: Mapping[str, Any]) -> int | None:

@@ -25,6 +25,7 @@ from evals.backend import MegaGPTLM
 from evals.benchmarks import BENCHMARKS
 from evals.data import data_hash, locate
 from evals.results import Metric, make_metric
+from evals.sample_files import PROMPT_END_CHARACTERS
 from evals.sandbox.run import DEFAULT_LIMITS, Limits, Outcome, probe, run_tests
 from evals.task_loader import DataOrigin, TaskUnavailableError, hub_problem, task_definition
 from megagpt.errors import EvalError
@@ -36,7 +37,6 @@ TOP_P = 0.95
 """Of sampled completions. Source: Chen et al. 2021, "Evaluating large language models trained on code"."""
 KS = (1, 10, 100)
 RESAMPLES = 10_000
-PROMPT_END_CHARACTERS = 300
 
 
 @dataclass(frozen=True)

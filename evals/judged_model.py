@@ -92,4 +92,10 @@ class JudgedModel:
             "settings_hash": hash_settings(whole),
             "lm_eval_version": lm_eval.__version__,
             "data": {"origin": "local", "absent_splits": [], **data},
+            **self._tokens(),
         }
+
+    def _tokens(self) -> dict[str, int]:
+        """Of the answers that were made now; those of earlier calls ran then."""
+        lm = self.__dict__.get("lm")  # where no answer was missing, the weights were never loaded
+        return {} if lm is None else {"tokens_computed": lm.tokens_computed, "tokens_naive": lm.tokens_naive}

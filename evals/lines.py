@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,38 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     except OSError as error:
         raise EvalError(f"{path}: cannot be read: {error.strerror}") from None
+    return _rows(path, content.split(b"\n")[:-1], "correct the line or delete the file")
+
+
+def read_whole_file(path: Path, fix: str) -> list[dict[str, Any]]:
+    """All lines of a file that was written at once: the last one counts, ended or not.
+
+    Args:
+        path: jsonl.
+        fix: what the user can do about a damaged file.
+
+    Raises:
+        EvalError: it is absent, or a line is no JSON object.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise EvalError(f"{path}: cannot be read ({error.strerror}); {fix}") from None
+    return _rows(path, content.split(b"\n"), fix)
+
+
+def _rows(path: Path, lines: Iterable[bytes], fix: str) -> list[dict[str, Any]]:
+    """Of bytes: a text may hold Unicode's own line separators."""
     rows = []
-    for number, line in enumerate(content.split(b"\n")[:-1], 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise EvalError(f"{path}:{number}: not JSON ({error}); correct the line or delete the file") from None
+            raise EvalError(f"{path}:{number}: not valid JSON ({error}); {fix}") from None
         if not isinstance(row, dict):
-            raise EvalError(f"{path}:{number}: {type(row).__name__} where a JSON object is expected")
+            raise EvalError(f"{path}:{number}: {type(row).__name__} where a JSON object is expected; {fix}")
         rows.append(row)
     return rows
 

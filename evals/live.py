@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from evals.backend import MegaGPTLM, UnscorableError
 from evals.gold import GoldScores, gold_scores
-from evals.results import without_nan
+from evals.live_files import LiveEvaluation, LiveTask
 from evals.run import HELDOUT
 from evals.scoring import Scores, quiet_bars, score_task
 from evals.sharing import Sharing
 from evals.suites import SuiteTask, resolve_tasks
 from evals.task_loader import FEWSHOT_SEED, NUMPY_SEED, RANDOM_SEED, LoadedTask, load_task, plan_task
-from megagpt.atomic import write_file
 from megagpt.config.schema import TrainingRun
 from megagpt.parallel.decode import ParallelDecoder
 from megagpt.parallel.mesh import Mesh
 from megagpt.tokenizer import Tokenizer
 from megagpt.train.benchmarks import BenchmarkScores
-
-FORMAT = 1
-FOLDER = "training"
-"""Of the run's evals/: one file an evaluation, step_<step>.json."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,27 +74,26 @@ class LiveBenchmarks:
 
     def score(self, step: int, model: ParallelDecoder) -> BenchmarkScores:
         """Score every task. One that this model cannot answer (a prompt that leaves no room) is told and recorded."""
-        rows, lines = [], []
+        rows: list[LiveTask] = []
+        lines = []
         values: dict[str, float | None] = {}
         sharing = Sharing(self._mesh, settle=model.finish)
         for member in self._members:
             started = time.perf_counter()
-            row: dict[str, Any] = {"task": member.task.task, "limit": member.limit}
+            row = LiveTask(task=member.task.task, limit=member.limit, status="ok")
             try:
                 scores = self._score(member, model, sharing)
             except UnscorableError as error:
-                row |= {"status": "unavailable", "reason": str(error)}
+                row = replace(row, status="unavailable", reason=str(error))
                 lines.append(f"{member.task.task}: not scored: {error}")
             else:
                 gold = gold_scores(scores.samples)
-                row |= {"status": "ok", **_described(scores, gold)}
+                row = _described(row, scores, gold)
                 values |= _values(member.task.task, scores, gold)
                 lines.append(_line(member.task.task, scores, gold))
-            row["seconds"] = time.perf_counter() - started
-            rows.append(row)
-        content = {"format": FORMAT, "step": step, "tasks": rows}
-        path = self._config.run.dir / "evals" / FOLDER / f"step_{step:08d}.json"
-        sharing.from_main(lambda: _write(path, content))
+            rows.append(replace(row, seconds=time.perf_counter() - started))
+        found = LiveEvaluation(step, tuple(rows))
+        sharing.from_main(lambda: found.write(self._config.run.dir))
         return BenchmarkScores(values, lines)
 
     def _score(self, member: Member, model: ParallelDecoder, sharing: Sharing) -> Scores:
@@ -121,16 +113,17 @@ class LiveBenchmarks:
         return score_task(lm, member.loaded, member.limit, bootstrap=0)
 
 
-def _described(scores: Scores, gold: GoldScores | None) -> dict[str, Any]:
-    return {
-        "n": scores.n,
-        "n_total": scores.n_total,
-        "n_shots": scores.n_shots,
-        "chance": scores.chance,
-        "truncated": scores.truncated,
-        "metrics": {name: asdict(metric) for name, metric in scores.metrics.items()},
-        "gold": None if gold is None else asdict(gold),
-    }
+def _described(row: LiveTask, scores: Scores, gold: GoldScores | None) -> LiveTask:
+    return replace(
+        row,
+        n=scores.n,
+        n_total=scores.n_total,
+        n_shots=scores.n_shots,
+        chance=scores.chance,
+        truncated=scores.truncated,
+        metrics=scores.metrics,
+        gold=gold,
+    )
 
 
 def _values(task: str, scores: Scores, gold: GoldScores | None) -> dict[str, float | None]:
@@ -149,8 +142,3 @@ def _line(task: str, scores: Scores, gold: GoldScores | None) -> str:
         words.append(f"right answer {gold.bits_per_byte:.3f} bits/byte")
         words += [] if gold.margin is None else [f"margin {gold.margin:+.3f}"]
     return f"{task}: {', '.join(words)} ({scores.n} documents)"
-
-
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, (json.dumps(without_nan(content), indent=1) + "\n").encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from evals.report_data import flat, funnel, funnel_chart, trail_rows
 from evals.report_examples import Example, examples
 from evals.report_inputs import RunFolder, read_run_folder
 from evals.report_json import to_json
+from evals.report_judged import Judged, judged, judged_charts
 from evals.report_page import render
 from evals.report_published import MOST_ROWS, published, published_charts, sources_of
-from evals.report_scores import Score, Unavailable, score_charts, score_rows, step_charts, subject_maps
+from evals.report_scores import Score, Unavailable, score_charts, score_rows, subject_maps
+from evals.report_steps import collect, right_answer_charts, step_charts
 from evals.report_training import headline, history, readable_sample, time_spent, training_charts
 from evals.sample_files import read_samples
 from megagpt.atomic import write_file
@@ -36,6 +39,7 @@ class Measured:
 
     scores: list[Score] = field(default_factory=list)
     unavailable: list[Unavailable] = field(default_factory=list)
+    judged: list[Judged] = field(default_factory=list)
     splits: list[SplitScore] = field(default_factory=list)
     not_split: list[NotSplit] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)
@@ -66,7 +70,7 @@ def write_run_report(run_dir: Path) -> tuple[Path, Path, Path]:
 def build_view(run: RunFolder) -> dict[str, Any]:
     """All that the report says, by section."""
     measured = measure(run)
-    last = max((score.step for score in measured.scores), default=None)
+    last = last_scored(run)
     comparison, why_not = compare_checkpoints(run.evals)
     baselines = load_baselines()
     beside = published(run, measured.scores, baselines)
@@ -74,10 +78,11 @@ def build_view(run: RunFolder) -> dict[str, Any]:
         "name": run.run_dir.resolve().name,
         "headline": headline(run),
         "missing": run.missing,
-        "scores": [score for score in measured.scores if score.step == last and not score.is_judged],
-        "earlier_scores": [score for score in measured.scores if score.step != last and not score.is_judged],
-        "judged": [score for score in measured.scores if score.is_judged],
+        "scores": [score for score in measured.scores if score.step == last],
+        "earlier_scores": [score for score in measured.scores if score.step != last],
+        **_newest(measured.judged),
         "unavailable": measured.unavailable,
+        "live": collect(run.live),
         "published": beside,
         "published_sources": sources_of(beside, baselines),
         "published_rule": {
@@ -97,9 +102,9 @@ def build_view(run: RunFolder) -> dict[str, Any]:
         },
         "samples": [
             (evals.step, [readable_sample(row) for row in evals.generations])
-            for evals in run.evals[-1:]
+            for evals in run.evals
             if evals.generations
-        ],
+        ][-1:],
         "funnels": [funnel(trail) for trail in run.data],
         "history": history(run),
         "time": time_spent(run),
@@ -114,13 +119,16 @@ def build_view(run: RunFolder) -> dict[str, Any]:
 def measure(run: RunFolder) -> Measured:
     """Read every result's answers once; examples and contamination only of the newest scores."""
     found = Measured()
-    last = max((evals.step for evals in run.evals if evals.results), default=None)
+    last = last_scored(run)
     for evals in run.evals:
         for result in evals.results:
             if result.status != "ok":
                 found.unavailable.append(Unavailable(evals.step, result.task, result.reason))
                 continue
             rows = read_samples(evals.folder, result)
+            if result.is_judged:
+                found.judged.append(judged(evals.step, result, rows))
+                continue
             found.scores += score_rows(evals.step, result, rows)
             if evals.step != last or not rows:
                 continue
@@ -134,16 +142,35 @@ def measure(run: RunFolder) -> Measured:
     return found
 
 
+def last_scored(run: RunFolder) -> int | None:
+    """The newest step with scores that no judge gave."""
+    scored = (
+        evals.step
+        for evals in run.evals
+        if any(result.status == "ok" and not result.is_judged for result in evals.results)
+    )
+    return max(scored, default=None)
+
+
 def draw(run: RunFolder, view: dict[str, Any]) -> dict[str, Any]:
     """The charts of the page, as SVG."""
     return {
         "training": training_charts(run),
         "scores": score_charts(view["scores"]),
-        "steps": step_charts([*view["earlier_scores"], *view["scores"]]),
+        "steps": step_charts([*view["earlier_scores"], *view["scores"]], view["live"]),
+        "right_answers": right_answer_charts(view["live"]),
+        "judged": [judged_charts(found) for found in view["judged"]],
         "published": published_charts(view["published"]),
         "funnels": [funnel_chart(found) for found in view["funnels"]],
         "heat": charts.heat_color,
     }
+
+
+def _newest(found: Sequence[Judged]) -> dict[str, list[Judged]]:
+    """Of each task the newest step in full; the others for a table."""
+    ordered = sorted(found, key=lambda one: not one.task.startswith("mt_bench"))  # the benchmark before one's own sets
+    newest = {one.task: one for one in ordered}  # by step, oldest first
+    return {"judged": list(newest.values()), "judged_before": [one for one in found if one not in newest.values()]}
 
 
 def _paired(comparison: Comparison | None, why_not: str) -> dict[str, Any]:

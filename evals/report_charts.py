@@ -113,36 +113,62 @@ def line_chart(
         return _to_svg(figure, title)
 
 
-def step_chart(title: str, lines: Sequence[Line], bands: Sequence[Sequence[tuple[float, float] | None]]) -> str:
-    """Scores over steps, each with its 95 % interval as a bar.
+@dataclass(frozen=True)
+class StepLine:
+    """Scores of several steps with their 95 % intervals."""
 
-    Args:
-        title: of the task.
-        lines: one a metric; a dashed one for chance.
-        bands: of each line the interval at each value; none of chance.
-    """
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    intervals: Sequence[tuple[float, float] | None]
+    color: str = BLUE
+    marked: bool = False
+    """Each value by itself with its interval as an upright line; else a curve with a band."""
+    joined: bool = True
+
+
+def step_chart(title: str, lines: Sequence[StepLine], *, chance: float | None = None, y_label: str = "") -> str:
+    """Scores over steps; a dotted line where guessing would stand."""
     with mpl.rc_context({**_STYLE, "svg.hashsalt": title}):
-        figure, axes = _figure(4.0, 2.5)
-        for i, (line, band) in enumerate(zip(lines, bands, strict=True)):
-            style: dict[str, Any] = (
-                {"linestyle": ":", "linewidth": 1.2} if line.dashed else {"marker": MARKERS[i], "markersize": 4}
-            )
+        figure, axes = _figure(4.0, 2.35 + 0.17 * (len(lines) + (chance is not None)))
+        for i, line in enumerate(lines):
+            style: dict[str, Any] = {"linewidth": 1.3, "marker": "." if len(line.x) < 3 else None}
+            if line.marked:
+                style = {
+                    "marker": MARKERS[i % len(MARKERS)],
+                    "markersize": 4,
+                    "linestyle": "-" if line.joined else "none",
+                }
             axes.plot(line.x, line.y, color=line.color, label=line.label, **style)
-            for x, interval in zip(line.x, band, strict=True):
-                if interval is not None:
-                    axes.plot((x, x), interval, color=line.color, linewidth=1.2, alpha=0.6)
+            known = [(x, *bounds) for x, bounds in zip(line.x, line.intervals, strict=True) if bounds is not None]
+            if line.marked:
+                for x, low, high in known:
+                    axes.plot((x, x), (low, high), color=line.color, linewidth=1.2, alpha=0.6)
+            elif known:
+                at, lows, highs = zip(*known, strict=True)
+                axes.fill_between(at, lows, highs, color=line.color, alpha=0.14, linewidth=0)
+        if chance is not None:
+            axes.axhline(chance, color=INK, linestyle=":", linewidth=1.2, label="chance")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_xlabel("step")
+        axes.set_ylabel(y_label)
         axes.set_title(title, loc="left", fontsize=11)
-        axes.legend(fontsize=8)
+        figure.legend(fontsize=8, loc="outside lower left")
         return _to_svg(figure, title)
 
 
-def score_chart(title: str, bars: Sequence[Bar]) -> str:
-    """Scores from 0 to 1 as points with their 95 % interval; a dashed tick where guessing would stand."""
+def score_chart(
+    title: str,
+    bars: Sequence[Bar],
+    *,
+    limits: tuple[float, float] = (0, 1),
+    x_label: str = "score with 95 % interval (blue); chance (dashed)",
+    width: float = 8.2,
+) -> str:
+    """Scores as points with their 95 % interval; a dashed tick where guessing would stand."""
     with mpl.rc_context({**_STYLE, "svg.hashsalt": title}):
-        figure, axes = _figure(8.2, 0.8 + 0.36 * len(bars))
+        figure, axes = _figure(width, 0.8 + 0.36 * len(bars))
         for row, bar in enumerate(reversed(bars)):
             if bar.interval is not None:
                 axes.plot(bar.interval, (row, row), color=BLUE, linewidth=2, solid_capstyle="butt")
@@ -152,8 +178,8 @@ def score_chart(title: str, bars: Sequence[Bar]) -> str:
                 axes.plot((bar.chance, bar.chance), (row - 0.36, row + 0.36), color=VERMILLION, linestyle="--")
         axes.set_yticks(range(len(bars)), [bar.label for bar in reversed(bars)])
         axes.set_ylim(-0.6, len(bars) - 0.4)
-        axes.set_xlim(0, 1)
-        axes.set_xlabel("score with 95 % interval (blue); chance (dashed)")
+        axes.set_xlim(*limits)
+        axes.set_xlabel(x_label)
         axes.set_title(title, loc="left", fontsize=11)
         return _to_svg(figure, title)
 
@@ -172,6 +198,20 @@ def bar_chart(title: str, bars: Sequence[tuple[str, float]]) -> str:
         axes.set_xlim(left=0)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.set_title(title, loc="left", fontsize=11)
+        return _to_svg(figure, title)
+
+
+def histogram(title: str, values: Sequence[float], edges: tuple[float, float], n_bins: int) -> str:
+    """How many values lie in each of `n_bins` equal parts between the edges; the last part has its end as well."""
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": title, "axes.grid.axis": "y"}):
+        figure, axes = _figure(4.4, 2.7)
+        axes.hist(values, bins=n_bins, range=edges, color=BLUE, rwidth=0.92)
+        axes.set_xlim(*edges)
+        axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.set_xlabel("points")
+        axes.set_ylabel("answers")
         axes.set_title(title, loc="left", fontsize=11)
         return _to_svg(figure, title)
 

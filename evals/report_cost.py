@@ -38,6 +38,9 @@ def cost(run: RunFolder) -> list[tuple[str, str, str]]:
     validation = sum(row.get("val_seconds") or 0.0 for row in run.eval_rows)
     if validation:
         found.append(("validation during training", numbers.duration(validation), f"{len(run.eval_rows)} times"))
+    if run.benchmark_rows:
+        scored = sum(row["tasks_seconds"] or 0.0 for row in run.benchmark_rows)
+        found.append(("benchmarks during training", numbers.duration(scored), f"{len(run.benchmark_rows)} times"))
     return found
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evals.sample_files import Row
+from evals.sample_files import PROMPT_END_CHARACTERS, Row
 
 EACH = 2
 """Right and wrong ones of a task."""
@@ -63,7 +63,7 @@ def _example(step: int, task: str, row: Row) -> Example | None:
     if not choices or not logprobs:
         answer = row.get("raw_response", row.get("response"))
         target = _cut(str(row.get("target", "")))
-        return Example(step, task, name, bool(correct), None, row["prompt_end"], (), _cut(str(answer)), target)
+        return Example(step, task, name, bool(correct), None, _prompt(row), (), _cut(str(answer)), target)
     gold = _gold(row.get("target"), choices)
     options = tuple(
         Choice(str(text), float(logprob), i == row.get("response"), i == gold)
@@ -71,7 +71,16 @@ def _example(step: int, task: str, row: Row) -> Example | None:
     )
     others = [option.logprob for option in options if not option.is_right]
     margin = options[gold].logprob - max(others) if gold is not None and gold < len(options) and others else None
-    return Example(step, task, name, bool(correct), margin, row["prompt_end"], options, None, "")
+    return Example(step, task, name, bool(correct), margin, _prompt(row), options, None, "")
+
+
+def _prompt(row: Row) -> str:
+    """What is kept of the prompt; where that is its end alone, from the next word on."""
+    text = str(row["prompt_end"])
+    if len(text) < PROMPT_END_CHARACTERS:
+        return text
+    _, _, rest = text.partition(" ")
+    return f"[...] {rest or text}"
 
 
 def _gold(target: Any, choices: Sequence[Any]) -> int | None:

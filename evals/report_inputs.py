@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from evals.contamination_file import CONTAMINATION_FILE, Contamination, read_contamination
+from evals.live_files import FOLDER, LiveEvaluation, live_files, step_of
 from evals.results import TaskResult
 from evals.sample_files import GENERATIONS_FILE, read_results, step_folders
 from megagpt.checkpoint.store import CheckpointStore
@@ -21,6 +22,12 @@ from megagpt.errors import CheckpointError, EvalError
 HELDOUT_TASK = "heldout"
 DATA_REPORT_FORMAT = 2
 """Of report.json; data_pipeline/summary.py writes it, and a test compares."""
+
+_NUMBERS = (
+    *("loss", "val_loss", "grad_norm", "lr", "tokens"),
+    *("tokens_per_second", "step_seconds", "mfu", "tasks_seconds"),
+)
+"""What the report computes with, of a row of metrics.jsonl."""
 
 Row = dict[str, Any]
 
@@ -61,9 +68,13 @@ class RunFolder:
     plan: Row | None
     train_rows: tuple[Row, ...]
     eval_rows: tuple[Row, ...]
+    benchmark_rows: tuple[Row, ...]
+    """Of metrics.jsonl: evaluations during training."""
     events: tuple[Row, ...]
     evals: tuple[StepEvals, ...]
     """By step, oldest first."""
+    live: tuple[LiveEvaluation, ...]
+    """What evaluation during training wrote, by step."""
     checkpoints: dict[int, str]
     """Step -> hash of the weights, of every checkpoint that is still there."""
     data: tuple[DataTrail, ...]
@@ -95,8 +106,10 @@ def read_run_folder(run_dir: Path) -> RunFolder:
         plan=_read_json(run_dir / "plan.json", missing, "parameters and batch plan are not known"),
         train_rows=tuple(row for row in rows if "loss" in row),
         eval_rows=tuple(row for row in rows if "val_loss" in row),
+        benchmark_rows=tuple(row for row in rows if "tasks_seconds" in row),
         events=tuple(_read_rows(run_dir / "events.jsonl", missing, "starts and restarts are not known")),
         evals=_read_evals(run_dir / "evals", missing),
+        live=_read_live(run_dir, rows, missing),
         checkpoints=_read_checkpoints(run_dir / "checkpoints", missing),
         data=_read_data(config, missing),
         contamination=_read_contamination(run_dir / "evals" / CONTAMINATION_FILE, missing),
@@ -140,7 +153,7 @@ def _read_rows(path: Path, missing: list[str], consequence: str) -> list[Row]:
 
 
 def _check_numbers(row: Mapping[str, Any], where: str) -> None:
-    for key in ("loss", "val_loss", "grad_norm", "lr", "tokens", "tokens_per_second", "step_seconds", "mfu"):
+    for key in _NUMBERS:
         value = row.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise EvalError(f"{where}: {key} must be a number, got {value!r}")
@@ -157,6 +170,30 @@ def _read_evals(folder: Path, missing: list[str]) -> tuple[StepEvals, ...]:
         missing.append(f"{folder}: no scores; `megagpt eval run --checkpoint {folder.parent}` makes them")
     if not any(evals.generations for evals in found):
         missing.append(f"{folder}: no sample texts; `megagpt report {folder.parent} --samples` makes them")
+    return tuple(found)
+
+
+def _read_live(run_dir: Path, rows: Sequence[Row], missing: list[str]) -> tuple[LiveEvaluation, ...]:
+    """A damaged file costs its own points, and so does one of steps that the run then made again."""
+    counted = {row["step"] for row in rows if "tasks_seconds" in row}
+    found: list[LiveEvaluation] = []
+    for path in live_files(run_dir):
+        if rows and step_of(path) not in counted:
+            missing.append(
+                f"{path}: metrics.jsonl has no evaluation at this step: it was killed, or the run went back; left out"
+            )
+            continue
+        try:
+            found.append(LiveEvaluation.read(path))
+        except EvalError as error:
+            missing.append(f"{error}; left out of the curves")
+    read = {evaluation.step for evaluation in found}
+    absent = sorted(counted - read - {step_of(path) for path in live_files(run_dir)})
+    if absent:
+        some = ", ".join(f"{step:,}" for step in absent[:5]) + (" ..." if len(absent) > 5 else "")
+        missing.append(
+            f"{run_dir / 'evals' / FOLDER}: no file of {len(absent)} evaluations that metrics.jsonl has (step {some})"
+        )
     return tuple(found)
 
 

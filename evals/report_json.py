@@ -23,9 +23,7 @@ def _plain(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [item.name for item in dataclasses.fields(value)]
-        told = [
-            name for name in ("verdict", "is_shown", "flops", "label") if name not in names and hasattr(value, name)
-        ]
+        told = [name for name in _TOLD if name not in names and hasattr(value, name)]
         return {name: _plain(getattr(value, name)) for name in [*names, *told]}
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}

@@ -42,6 +42,21 @@ def interval(bounds: tuple[float, float] | None) -> str:
     return "none" if bounds is None else f"{bounds[0]:.4f} to {bounds[1]:.4f}"
 
 
+def nats(value: float, *, signed: bool = False) -> str:
+    """The log-probability of an answer, or the difference of two: to the hundredth."""
+    return f"{value:+.2f}" if signed else f"{value:.2f}"
+
+
+def points(value: float, digits: int) -> str:
+    """What a judge gave: as many decimals as its scale bears."""
+    return f"{value:.{digits}f}"
+
+
+def points_interval(bounds: tuple[float, float] | None, digits: int) -> str:
+    """Its 95 % interval."""
+    return "none" if bounds is None else f"{bounds[0]:.{digits}f} to {bounds[1]:.{digits}f}"
+
+
 def signed(value: float) -> str:
     """A difference: its sign is always there."""
     return f"{value:+.4f}"

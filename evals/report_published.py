@@ -42,7 +42,7 @@ def published(run: RunFolder, scores: Sequence[Score], baselines: Baselines) -> 
     last = max(score.step for score in scores)
     found = []
     for score in scores:
-        if score.step != last or not score.is_share or score.is_judged:
+        if score.step != last or not score.is_share:
             continue
         tokens = seen.get(last)
         neighbours = baselines.neighbours(score.task, score.metric, score.shots, parameters=parameters, tokens=tokens)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,18 +44,11 @@ class Score:
     origin: str
     seconds: float
     weights: str
-    judge: str
-    """Who gave the points; empty where the answers themselves are right or wrong."""
 
     @property
     def is_share(self) -> bool:
         """A score from 0 to 1 of which more is better: what has a place on a common axis."""
         return self.higher_is_better and 0 <= self.value <= 1
-
-    @property
-    def is_judged(self) -> bool:
-        """Whether a judge gave the points."""
-        return bool(self.judge)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +102,6 @@ def score_rows(step: int, measured: TaskResult, rows: Sequence[Row]) -> list[Sco
             origin=_origin(result),
             seconds=result.seconds,
             weights=str(result.checkpoint.get("hash", "")),
-            judge=_judge(result),
         )
         for name, metric in result.metrics.items()
     ]
@@ -125,7 +117,7 @@ def prompts_hash(rows: Iterable[Row]) -> str:
 
 def score_charts(scores: Sequence[Score]) -> list[str]:
     """Every score of the newest step with its interval."""
-    shares = [score for score in scores if score.is_share and not score.is_judged]
+    shares = [score for score in scores if score.is_share]
     if not shares:
         return []
     last = max(score.step for score in shares)
@@ -137,37 +129,11 @@ def score_charts(scores: Sequence[Score]) -> list[str]:
     return [charts.score_chart(f"Scores at step {last:,}", bars)]
 
 
-def step_charts(scores: Sequence[Score]) -> list[str]:
-    """One small chart a task, of the tasks that several checkpoints have scores of."""
-    by_task: dict[str, dict[str, list[Score]]] = {}
-    for score in scores:
-        if score.is_share and not score.is_judged:
-            by_task.setdefault(score.task, {}).setdefault(score.metric, []).append(score)
-    drawn = []
-    for task, metrics in by_task.items():
-        several = {metric: sorted(found, key=lambda s: s.step) for metric, found in metrics.items() if len(found) > 1}
-        if not several:
-            continue
-        lines = [
-            charts.Line(metric, [s.step for s in found], [s.value for s in found], charts.PALETTE[i % 5])
-            for i, (metric, found) in enumerate(several.items())
-        ]
-        bands: list[list[tuple[float, float] | None]] = [[s.ci95 for s in found] for found in several.values()]
-        chance = next((s.chance for found in several.values() for s in found if s.chance is not None), None)
-        if chance is not None:
-            steps = sorted({s.step for found in several.values() for s in found})
-            lines.append(charts.Line("chance", [steps[0], steps[-1]], [chance, chance], charts.INK, dashed=True))
-            bands.append([None, None])
-        drawn.append(charts.step_chart(f"{task} by step", lines, bands))
-    return drawn
-
-
 def subject_maps(evals: Sequence[StepEvals]) -> list[Subjects]:
-    """A heat map of every group of tasks that the newest step has scores of, over the steps that have it."""
-    found = []
-    for result in evals[-1].results if evals else ():
-        if not result.subtasks:
-            continue
+    """A heat map of every group of tasks, over the steps that have it; groups of the newest step that has any."""
+    found: list[Subjects] = []
+    with_groups = [[result for result in step.results if result.subtasks and not result.is_judged] for step in evals]
+    for result in next((groups for groups in reversed(with_groups) if groups), []):
         metric = next((name for row in result.subtasks.values() for name in row.get("metrics", {})), None)
         if metric is None:
             continue
@@ -214,8 +180,3 @@ def _origin(result: TaskResult) -> str:
     """Where the documents came from, short: a local folder by its last two names, as on the hub."""
     known = Path(str(result.data.get("path_or_id") or ""))
     return " ".join([str(result.data.get("origin") or ""), "/".join(known.parts[-2:])]).strip()
-
-
-def _judge(result: TaskResult) -> str:
-    judge = result.settings.get("judge")
-    return "" if judge is None else str(judge.get("name", judge)) if isinstance(judge, Mapping) else str(judge)

@@ -59,7 +59,7 @@ def _bits_per_byte(evals: Iterable[StepEvals]) -> list[tuple[str, str, str]]:
 
 def time_spent(run: RunFolder) -> list[tuple[str, str, str]]:
     """(for what, how long, share of all) of the run's time, from its first start to its last sign of life."""
-    found = goodput(run.events, [*run.train_rows, *run.eval_rows])
+    found = goodput(run.events, [*run.train_rows, *run.eval_rows, *run.benchmark_rows])
     if found is None:
         return []
     spent = [("steps that count (goodput)", found.useful), *found.lost.items(), ("all", found.wall)]

@@ -57,7 +57,7 @@ class TaskResult:
     """Documents whose prompt lost its beginning because it exceeds the model's context."""
     seconds: float = 0.0
     tokens_computed: int = 0
-    """Tokens that ran through the model to score continuations; what inputs share counts once."""
+    """Tokens that ran through the model, generated ones included; what scored inputs share counts once."""
     tokens_naive: int = 0
     """What they would be with one input a request."""
     answers_resumed: int = 0
@@ -72,6 +72,11 @@ class TaskResult:
     """Name of the file of single answers, beside this one."""
     reused: bool = False
     """Read from an earlier evaluation of the same weights, settings and data; not stored."""
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether a judge gave the points."""
+        return "judge" in self.settings
 
     def to_json(self) -> bytes:
         """The file's content."""
@@ -90,7 +95,7 @@ class TaskResult:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content.pop("format") != FORMAT:
                 raise ValueError(f"format is not {FORMAT}")
-            metrics = {name: Metric(**_with_tuple(metric)) for name, metric in content.pop("metrics").items()}
+            metrics = {name: metric_from_json(metric) for name, metric in content.pop("metrics").items()}
             return cls(**content, metrics=metrics)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise EvalError(
@@ -151,10 +156,16 @@ def format_table(results: Sequence[TaskResult]) -> Table:
     return table
 
 
-def _with_tuple(metric: dict[str, Any]) -> dict[str, Any]:
-    interval = metric.get("ci95")
-    value = math.nan if metric["value"] is None else metric["value"]
-    return {**metric, "value": value, "ci95": None if interval is None else (float(interval[0]), float(interval[1]))}
+def metric_from_json(content: Mapping[str, Any]) -> Metric:
+    """A metric as a file has it; null is NaN.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is none.
+    """
+    interval = content.get("ci95")
+    value = math.nan if content["value"] is None else float(content["value"])
+    bounds = None if interval is None else (float(interval[0]), float(interval[1]))
+    return Metric(**{**content, "value": value, "ci95": bounds})
 
 
 def without_nan(value: Any) -> Any:

@@ -27,7 +27,7 @@ from evals.humaneval import (
     run_and_count,
     sample_lines,
 )
-from evals.invariance import make_batch_invariant
+from evals.invariance import bits_of, make_batch_invariant
 from evals.results import Metric, TaskResult, hash_settings, make_metric
 from evals.sample_files import with_clustered_intervals
 from evals.scoring import BOOTSTRAP_ITERATIONS, quiet_bars, score_task
@@ -134,13 +134,32 @@ class Evaluation:
         return self._load(self.checkpoint)
 
     @functools.cached_property
+    def _bits(self) -> str | None:
+        """What row-invariant arithmetic gives here, the same on every process; None where there is none."""
+        wanted = self.request.batch_invariant and self.request.dtype == "fp32"
+        if wanted and self.sharing.all(make_batch_invariant(self.model)):
+            here = bits_of(self.model)
+            if self.sharing.all(here == self.sharing.from_main(lambda: here)):
+                return here
+        self.model.packing = FAST  # on this process it may have held
+        return None
+
+    @property
     def batch_invariant(self) -> bool:
         """Whether scores do not depend on the batch; decided once, before the first task."""
-        wanted = self.request.batch_invariant and self.request.dtype == "fp32"
-        found = wanted and self.sharing.all(make_batch_invariant(self.model))
-        if not found:  # on this process it may have held
-            self.model.packing = FAST
-        return found
+        return self._bits is not None
+
+    @functools.cached_property
+    def arithmetic(self) -> str:
+        """What two evaluations have in common whose answers are the same numbers; the same on every process."""
+        if self._bits is not None:
+            return f"row-invariant: {self._bits}"
+        device = self.model.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+        request = self.request
+        batches = f"batches of {request.batch_size}, prefixes shared: {request.share_prefixes}"
+        threads = torch.get_num_threads()
+        return self.sharing.from_main(lambda: f"{name}, {threads} threads, {self.sharing.layout}, {batches}")
 
     @functools.cached_property
     def answer_key(self) -> AnswerKey:
@@ -151,7 +170,7 @@ class Evaluation:
             max_seq_len=self.max_seq_len,
             tokenizer=self.tokenizer.fingerprint,
             code=code_version(),
-            batch_invariant=self.batch_invariant,
+            arithmetic=self.arithmetic,
         )
 
     @functools.cached_property
@@ -250,6 +269,8 @@ class Evaluation:
                 metrics=scores.metrics,
                 truncated=sum(len(documents) for documents in lm.truncated.values()),
                 seconds=time.monotonic() - started,
+                tokens_computed=lm.tokens_computed,
+                tokens_naive=lm.tokens_naive,
                 answers_resumed=lm.n_resumed,
                 answers_damaged=answers.n_damaged,
                 batch_invariant=self.batch_invariant,
@@ -293,6 +314,8 @@ class Evaluation:
             n_total=loss.n_windows_total,
             metrics=metrics,
             seconds=time.monotonic() - started,
+            tokens_computed=loss.n_tokens,
+            tokens_naive=loss.n_tokens,
         )
         return self.sharing.from_main(lambda: result.write(self.out))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -10,12 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from evals.lines import read_whole_file
 from evals.results import TaskResult
 from evals.stats import clustered_stderr, normal_interval
 from megagpt.errors import EvalError
 
 GENERATIONS_FILE = "generations.json"
 """Beside the results of a step; the one JSON file there that is none."""
+
+PROMPT_END_CHARACTERS = 300
+"""Of a prompt, that a samples file keeps."""
 
 LEAST_CLUSTERS = 20
 """Groups of documents (MMLU's subjects) below which a group is no unit: an error estimated from few is itself
@@ -83,22 +86,7 @@ def read_samples(folder: Path, result: TaskResult) -> list[Row]:
     path = folder / result.samples
     if Path(result.samples).name != result.samples:
         raise EvalError(f"{folder / result.task}.json: names {result.samples!r}; samples lie beside the result")
-    rows: list[Row] = []
-    try:
-        lines = path.read_bytes().splitlines()  # of bytes: a text may hold Unicode's own line separators
-    except OSError as error:
-        raise EvalError(
-            f"{path}: cannot be read ({error.strerror}); delete {result.task}.json to evaluate again"
-        ) from None
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise EvalError(f"{path}:{number}: not valid JSON: {error}; delete the result to evaluate again") from None
-        if not isinstance(row, dict):
-            raise EvalError(f"{path}:{number}: must be a JSON object, got {line[:80]!r}")
-        rows.append(row)
-    return rows
+    return read_whole_file(path, f"delete {result.task}.json to evaluate again")
 
 
 def document_scores(result: TaskResult, rows: Sequence[Row]) -> dict[str, DocumentScores]:

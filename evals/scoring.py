@@ -14,12 +14,11 @@ from lm_eval.evaluator import evaluate
 
 from evals.backend import MegaGPTLM
 from evals.results import Metric, make_metric
+from evals.sample_files import PROMPT_END_CHARACTERS
 from evals.task_loader import LoadedTask
 
 BOOTSTRAP_ITERATIONS = 1000
 """Only for metrics whose standard error has no closed form (perplexity, F1 ...)."""
-
-PROMPT_END_CHARACTERS = 300
 
 
 @dataclass(frozen=True)

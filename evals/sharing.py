@@ -65,6 +65,12 @@ class Sharing:
         """A name for files of this process alone."""
         return "0" if self._mesh is None else str(self._mesh.rank)
 
+    @property
+    def layout(self) -> str:
+        """How many share the work, and how many the model."""
+        mesh = self._mesh
+        return "1 x 1 x 1" if mesh is None else f"{mesh.zero_parallel} x {mesh.pipeline} x {mesh.tensor}"
+
     def n_parts(self, n: int) -> int:
         """Units to cut a list of `n` requests into; 1 for a process alone."""
         if self._mesh is None or self._mesh.zero_parallel == 1:

@@ -287,7 +287,13 @@ def _build(plan: TaskPlan) -> tuple[dict[str, Task], dict[str, Group]]:
             registry[leaf] = Entry(name=leaf, kind=Kind.TASK, yaml_path=None, cfg=config)
         built = TaskFactory().build(registry[plan.name], registry=registry)
     except (OSError, DatasetsError, ValueError, KeyError, ImportError) as error:
-        # Offline and unreachable hub, missing data set, missing split, missing optional package of a task.
+        if isinstance(error, ImportError) and error.name is not None:
+            package = error.name.partition(".")[0]
+            raise TaskUnavailableError(
+                f"{plan.name}: lm-eval's definition needs the Python package {package}, which cannot be imported here "
+                f"({error}); install it: pip install {package.replace('_', '-')}"
+            ) from error
+        # Offline and unreachable hub, missing data set, missing split.
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TaskUnavailableError(f"{plan.data.path_or_id}: {type(error).__name__}: {first_line}") from error
     if isinstance(built, Group):

@@ -1,193 +1,201 @@
-"""`megagpt eval mt-bench` and `megagpt eval answers`: what a judge rates."""
+"""`megagpt eval ...`: benchmarks and their data; thin, as cli.py. What is judged, compared or explained is beside."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
-from megagpt.cli_base import PATH, examples
-from megagpt.errors import EvalError
-
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-_MODEL_OPTIONS = (
-    click.option("--checkpoint", type=PATH, required=True, help="A run (its newest checkpoint), or one step's folder."),
-    click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Answers a batch."),
-    click.option(
-        "--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True, help="Precision."
-    ),
-    click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ..."),
-    click.option(
-        "--limit", type=click.IntRange(min=1), help="The first ones only (of each category); all if not given."
-    ),
-)
-_JUDGE_OPTIONS = (
-    click.option("--judge", required=True, help="http://HOST/v1 (OpenAI-compatible), checkpoint:PATH, or replay:FILE."),
-    click.option("--judge-model", help="The server's model; of a replayed file, whose answers are judged."),
-    click.option(
-        "--judge-key-env", help="Name of the environment variable with the server's key; it is stored nowhere."
-    ),
-    click.option(
-        "--judge-parallel", type=click.IntRange(min=1), default=4, show_default=True, help="Requests at a time."
-    ),
-    click.option("--judge-timeout", type=click.FloatRange(min=1), default=120.0, show_default=True, help="Seconds."),
-    click.option("--judge-tries", type=click.IntRange(min=1), default=5, show_default=True, help="Of each request."),
-    click.option(
-        "--judge-template",
-        type=click.Choice(["plain", "alpaca"]),
-        default="plain",
-        help="Chat format of a checkpoint that judges.",
-    ),
-)
+from megagpt.cli_base import PATH, Commands, configs_folder, examples
+from megagpt.cli_judged import answers, mt_bench
+from megagpt.cli_scores import eval_compare, eval_contamination
+from megagpt.cli_scoring import eval_explain
+from megagpt.errors import MegaGPTError
 
 
-def _with(options: tuple[Callable[[Any], Any], ...]) -> Callable[[Command], Command]:
-    def decorate(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
+@click.group("eval", cls=Commands)
+def eval_group() -> None:
+    """Score checkpoints through lm-eval."""
 
 
-@click.command(
-    "mt-bench",
+eval_group.add_command(mt_bench)
+eval_group.add_command(answers)
+eval_group.add_command(eval_compare)
+eval_group.add_command(eval_contamination)
+eval_group.add_command(eval_explain)
+
+
+@eval_group.command(
+    "run",
     **examples(
-        "megagpt eval mt-bench --checkpoint runs/chat --data eval_data --judge http://HOST/v1 --judge-model NAME",
-        "megagpt eval mt-bench --checkpoint runs/chat --data eval_data --judge checkpoint:runs/judge --template alpaca",
-        "megagpt eval mt-bench --checkpoint runs/chat --data eval_data --judge replay:judgements.jsonl",
-        "megagpt eval mt-bench --checkpoint runs/b --against runs/a --data eval_data --judge checkpoint:runs/judge",
+        "megagpt eval run --checkpoint runs/quickstart --tasks heldout,megagpt_smoke",
+        "megagpt eval run --checkpoint runs/quickstart --tasks arc_easy,hellaswag --data eval_data --limit 200",
+        "megagpt eval run --checkpoint runs/quickstart/checkpoints/step_00000100 --tasks core --shots 5",
+        "megagpt eval run --checkpoint runs/quickstart --tasks humaneval --data eval_data --allow-code",
+        "deepspeed --num_accelerators 4 launch/evaluate.py --checkpoint runs/big --tasks core --tensor 2",
     ),
 )
-@_with(_MODEL_OPTIONS)
-@click.option("--data", "data_dir", type=PATH, required=True, help="Folder with MT-Bench's files, or the one above it.")
+@click.option("--checkpoint", type=PATH, required=True, help="A run (its newest checkpoint), or one step's folder.")
 @click.option(
-    "--template",
-    type=click.Choice(["plain", "alpaca"]),
-    default="plain",
-    show_default=True,
-    help="Chat format of the model.",
+    "--tasks", default="fast", show_default=True, help="Task names and suites (configs/evals), comma-separated."
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the answers that are drawn.")
-@click.option("--against", type=PATH, help="Another checkpoint: the judge compares the two, in both orders.")
-@_with(_JUDGE_OPTIONS)
-def mt_bench(data_dir: Path, seed: int, limit: int | None, against: Path | None, **options: Any) -> None:
-    """Let a checkpoint answer MT-Bench's two turns and a judge rate them.
-
-    Answers are stored first and judged after; the same command goes on where it was ended.
-    """
-    from evals.mt_bench.pairwise import run_pairwise
-    from evals.mt_bench.run import MTBenchRequest, run_mt_bench
-    from evals.results import format_table
-
-    judge, model = _judge_options(options), _model_request(options)
-    request = MTBenchRequest(model, data_dir, judge, limit=limit, seed=seed)
-    with _bars() as (console, show):
-        if against is None:
-            result = run_mt_bench(request, show)
-        else:
-            other = replace(request, model=replace(model, checkpoint=against))
-            result = run_pairwise(request, other, show)
-    console.print(format_table([result]))
-    for category, found in result.subtasks.items():
-        ratings = ", ".join(f"{name} {metric.value:.2f}" for name, metric in found["metrics"].items())
-        console.print(f"{category}: {ratings or 'no rating'}", highlight=False)
-    if result.reason:
-        console.print(result.reason, highlight=False, markup=False)
-
-
-@click.command(
-    "answers",
-    **examples(
-        "megagpt eval answers --checkpoint runs/tuned --file test.json --judge http://HOST/v1 --judge-model NAME",
-        "megagpt eval answers --checkpoint runs/tuned --file test.jsonl --judge checkpoint:runs/judge --limit 50",
-    ),
-)
-@_with(_MODEL_OPTIONS)
-@click.option("--file", type=PATH, required=True, help="Rows {instruction, input, output}: a JSON list, or JSON lines.")
+@click.option("--data", "data_dir", type=PATH, help="Folder of local benchmark data; what it lacks comes from the hub.")
 @click.option(
-    "--template",
-    type=click.Choice(["plain", "alpaca"]),
-    default="alpaca",
-    show_default=True,
-    help="Chat format of the model.",
+    "--shots",
+    "n_shots",
+    type=click.IntRange(min=0),
+    help="Few-shot examples; the suite's or task's own where not given.",
 )
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Of an answer.")
-@_with(_JUDGE_OPTIONS)
-def answers(file: Path, max_new_tokens: int, limit: int | None, **options: Any) -> None:
-    """Let a judge score a checkpoint's answers from 0 to 100 against the right ones.
+@click.option("--limit", type=click.IntRange(min=1), help="Documents a task, the first ones; all where not given.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=16,
+    show_default=True,
+    help="Sequences a forward; of ends shorter than 64 tokens behind a shared beginning, more.",
+)
+@click.option(
+    "--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True, help="Precision."
+)
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ... of one process.")
+@click.option(
+    "--batch-invariant/--no-batch-invariant",
+    default=True,
+    show_default=True,
+    help="In fp32: the same scores bit for bit at any batch size, where a check on this machine finds it so.",
+)
+@click.option(
+    "--share-prefixes/--no-share-prefixes",
+    default=True,
+    show_default=True,
+    help="Run what prompts have in common at the beginning once.",
+)
+@click.option("--allow-code", is_flag=True, help="Let humaneval run what the model writes, in a sandbox.")
+@click.option(
+    "--code-samples",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Completions a problem, for pass@k.",
+)
+@click.option(
+    "--code-temperature",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Of completions; 0: greedy.",
+)
+@click.option(
+    "--tensor", type=click.IntRange(min=1), default=1, help="Processes that share each layer, under the launcher."
+)
+@click.option(
+    "--pipeline", type=click.IntRange(min=1), default=1, help="Processes that share the layers, under the launcher."
+)
+@click.option("--local_rank", hidden=True, type=int, help="Added by the launcher; the environment says it too.")
+def eval_run(tensor: int, pipeline: int, local_rank: int | None, **options: Any) -> None:
+    """Score a checkpoint; one JSON file a task in RUN/evals/STEP. What is scored already is reused.
 
-    Answers are stored first and judged after; the same command goes on where it was ended.
+    A killed evaluation goes on where it stopped: answers are kept in RUN/evals/STEP/answers, by weights, precision,
+    context, tokenizer and code, until the task's result is written; then they are removed. Where scores do not depend
+    on the batch, any number of processes goes on; else only the same layout, batch size and device.
+
+    Under the launcher (launch/evaluate.py) --tensor and --pipeline say how many processes share the model, whatever
+    layout trained it; with more processes than that, each group answers its part of the questions. One process writes.
     """
-    from evals.judged_answers import AnswersRequest, format_extremes, run_answers
-    from evals.results import format_table
-
-    judge, model = _judge_options(options), _model_request(options)
-    with _bars() as (console, show):
-        request = AnswersRequest(model, file, judge, limit=limit, max_new_tokens=max_new_tokens)
-        result, scored = run_answers(request, show)
-    console.print(format_table([result]))
-    console.print(format_extremes(scored), highlight=False, markup=False)
-    if result.reason:
-        console.print(result.reason, highlight=False, markup=False)
-
-
-def _model_request(options: dict[str, Any]) -> Any:
-    from evals.judged_model import ModelRequest
-
-    return ModelRequest(
-        options["checkpoint"],
-        template=options["template"],
-        batch_size=options["batch_size"],
-        dtype=options["dtype"],
-        device=options["device"],
-    )
-
-
-def _judge_options(options: dict[str, Any]) -> Any:
-    from evals.judge.choose import JudgeOptions
-
-    variable = options["judge_key_env"]
-    if variable is not None and not os.environ.get(variable):
-        raise EvalError(f"--judge-key-env {variable}: there is no such environment variable, or it is empty")
-    return JudgeOptions(
-        options["judge"],
-        model=options["judge_model"],
-        key=None if variable is None else os.environ[variable],
-        parallel=options["judge_parallel"],
-        timeout_seconds=options["judge_timeout"],
-        tries=options["judge_tries"],
-        template=options["judge_template"],
-        device=options["device"],
-    )
-
-
-def _bars() -> Any:
-    """(console, show) of a context: one bar for answers, one for judgements."""
-    from contextlib import contextmanager
-
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    @contextmanager
-    def bars() -> Any:
-        console = Console()
-        if not console.is_terminal:  # a log file has no width
-            console.width = 120
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console, transient=True) as progress:
-            ids: dict[str, Any] = {}
+    from evals.humaneval import CodeSettings
+    from evals.results import format_table
+    from evals.run import EvalRequest, run_evals
 
-            def show(what: str, done: int, total: int) -> None:
-                if what not in ids:
-                    ids[what] = progress.add_task(what, total=total)
-                progress.update(ids[what], completed=done)
+    options["code"] = CodeSettings(options.pop("code_samples"), options.pop("code_temperature"))
+    options["tasks"] = tuple(name for name in options["tasks"].split(",") if name)
+    request = EvalRequest(**options, suites_dir=configs_folder() / "evals")
+    console = Console()
+    if not console.is_terminal:  # a log file has no width
+        console.width = 120
+    if local_rank is None and tensor * pipeline == 1 and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        console.print(format_table(run_evals(request, console)))
+        return
+    from evals.together import Layout, exit_code, run_together
+    from megagpt.train.command import Launch
 
-            yield console, show
+    launch = Launch.from_environment(os.environ)
+    console.quiet = launch.rank != 0
+    try:
+        console.print(format_table(run_together(request, launch, Layout(tensor, pipeline), console)))
+    except MegaGPTError as error:
+        code = exit_code(error, launch)
+        if launch.local_rank == 0:
+            raise
+        click.get_current_context().exit(code)
 
-    return bars()
+
+@eval_group.command(
+    "prepare",
+    **examples(
+        "megagpt eval prepare --from downloads/evals --out eval_data",
+        "megagpt eval prepare --from hub --tasks leaderboard_v1,lambada_openai --out eval_data",
+    ),
+)
+@click.option(
+    "--from",
+    "source",
+    required=True,
+    help="Folder of benchmark files as their authors publish them, or the word `hub` for the Hugging Face hub.",
+)
+@click.option("--tasks", default="full", show_default=True, help="With `hub`: whose data sets, names and suites.")
+@click.option("--out", type=PATH, required=True, help="Folder to write; give it to `eval run --data`.")
+def eval_prepare(source: str, tasks: str, out: Path) -> None:
+    """Build a verified local folder of benchmark data."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from evals.data import prepare
+    from evals.hub import prepare_from_hub
+    from evals.suites import resolve_tasks
+
+    console = Console()
+    if not console.is_terminal:  # a log file has no width
+        console.width = 120
+    if source == "hub":
+        names = resolve_tasks(tuple(name for name in tasks.split(",") if name), configs_folder() / "evals")
+        with Progress(console=console, transient=True) as progress:
+            bar = progress.add_task("data sets")
+            report = prepare_from_hub(
+                tuple(task.task for task in names if task.task != "heldout"),
+                out,
+                lambda done, total: progress.update(bar, completed=done, total=total),
+            )
+    else:
+        report = prepare(Path(source), out)
+    console.print(report.table())
+
+
+@eval_group.command("doctor", **examples("megagpt eval doctor --data eval_data", "megagpt eval doctor"))
+@click.option("--data", "data_dir", type=PATH, help="Folder of local benchmark data; only the sandbox if not given.")
+def eval_doctor(data_dir: Path | None) -> None:
+    """Check local benchmark data (rows, hashes, missing splits) and whether this host has the sandbox."""
+    from evals.data import doctor
+
+    click.echo(doctor(data_dir))
+
+
+@eval_group.command(
+    "items",
+    **examples(
+        "megagpt eval items --tasks arc_easy,hellaswag,mmlu,gsm8k --data eval_data --out items.jsonl",
+        "megagpt eval items --tasks core --out items.jsonl",
+    ),
+)
+@click.option("--tasks", required=True, help="Task names and suites (configs/evals), comma-separated.")
+@click.option("--data", "data_dir", type=PATH, help="Folder of local benchmark data; what it lacks comes from the hub.")
+@click.option("--out", type=PATH, required=True, help="File to write; a data job's decontamination.items reads it.")
+def eval_items(tasks: str, data_dir: Path | None, out: Path) -> None:
+    """Write the tasks' documents as texts that must not stand in training data."""
+    from evals.items import write_items
+
+    names = tuple(name for name in tasks.split(",") if name)
+    click.echo(write_items(names, data_dir, out, configs_folder() / "evals"))

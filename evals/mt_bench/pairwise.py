@@ -22,8 +22,15 @@ from evals.judged_model import JudgedModel
 from evals.mt_bench.answers import Answer
 from evals.mt_bench.data import Benchmark, Question, load_benchmark
 from evals.mt_bench.prompts import JudgePrompt
-from evals.mt_bench.run import MTBenchRequest, explain_references, first_of_each, stored_answers
 from evals.mt_bench.scores import bootstrap_metric
+from evals.mt_bench.setting import (
+    MTBenchRequest,
+    first_of_each,
+    make_result,
+    question_fields,
+    shared_settings,
+    stored_answers,
+)
 from evals.results import Metric, TaskResult
 from megagpt.errors import EvalError
 
@@ -84,28 +91,20 @@ def run_pairwise(
         requests = pair_requests(benchmark, questions, a, b)
         judged.append(file.judge_all(requests, functools.partial(on_progress, what)))
     matches = match_all(questions, judged[0], judged[1])
-    settings = {
-        "limit": request.limit,
-        "against": {"run": str(other.checkpoint.run_dir), "step": other.checkpoint.step, "hash": other.checkpoint.hash},
-        "judge": judge.name,
-        "judge_prompts": benchmark.prompts_origin,
-        "seed": request.seed,
-    }
-    data = {"path_or_id": str(benchmark.folder), "sha256": benchmark.digest()}
     failures = sum(judgement.score == FAILED for judgements in judged for judgement in judgements)
     told = (
         [f"{failures} of {2 * len(matches)} judgements have no verdict; their turns are left out"] if failures else []
     )
-    result = TaskResult(
-        **one.header(TASK, settings, data),
-        status="ok",
-        reason="; ".join([*told, *explain_references(benchmark, questions)]),
-        task_version="1",
-        n_shots=0,
-        n=len(questions),
-        n_total=len(benchmark.questions),
+    rival = {"run": str(other.checkpoint.run_dir), "step": other.checkpoint.step, "hash": other.checkpoint.hash}
+    result = make_result(
+        one,
+        task=TASK,
+        settings={**shared_settings(request, benchmark, questions, judge.name), "against": rival},
+        benchmark=benchmark,
+        questions=questions,
+        answers=firsts,
+        told=told,
         metrics=pair_metrics(matches),
-        truncated=sum(answer.truncated for answer in firsts),
         seconds=time.monotonic() - started,
     )
     return result.write(one.out, _lines(matches, judged))
@@ -137,9 +136,7 @@ def pair_requests(
         math = "" if question.references is None else "-math"
         kind = "v2" if question.references is None else "v1"
         fields = {
-            "question": question.turns[0],
-            "question_1": question.turns[0],
-            "question_2": question.turns[1],
+            **question_fields(question),
             "answer_a": a.turns[0],
             "answer_b": b.turns[0],
             "answer_a_1": a.turns[0],
@@ -147,8 +144,6 @@ def pair_requests(
             "answer_b_1": b.turns[0],
             "answer_b_2": b.turns[1],
         }
-        if question.references is not None:
-            fields |= {"ref_answer_1": question.references[0], "ref_answer_2": question.references[1]}
         for turn, suffix in ((1, ""), (2, "-multi-turn")):
             prompt: JudgePrompt = benchmark.prompts[f"pair{math}-{kind}{suffix}"]
             requests.append(JudgeRequest(question.question_id, turn, prompt.name, prompt.system, prompt.fill(fields)))

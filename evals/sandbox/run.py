@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -134,16 +133,14 @@ def probe() -> Probe:
 
 def _run(job: dict[str, Any], limits: Limits) -> Outcome:
     python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
-    with tempfile.TemporaryDirectory(prefix="megagpt_sandbox_") as folder:
-        content = {
-            **job,
-            "limits": asdict(limits),
-            "parent": os.getpid(),
-            "folder": folder,
-            "python": python,
-            "python_folder": os.path.realpath(sys.base_prefix),
-        }
-        answer = _ask_keeper(python, json.dumps(content).encode(), limits.wall_seconds + GRACE_SECONDS)
+    content = {
+        **job,
+        "limits": asdict(limits),
+        "parent": os.getpid(),
+        "python": python,
+        "python_folder": os.path.realpath(sys.base_prefix),
+    }
+    answer = _ask_keeper(python, json.dumps(content).encode(), limits.wall_seconds + GRACE_SECONDS)
     if answer["status"] == "refused":
         raise SandboxUnavailableError(f"{answer['detail']}; {HINT}")
     return Outcome(**answer)

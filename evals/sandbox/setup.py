@@ -20,6 +20,10 @@ INNER_ID = 1000
 NOBODY = 65534
 """User and group outside where root starts the sandbox: limits of processes do not bind root."""
 FOLDER = "/tmp"
+ROOT = "/proc"
+"""Where the new root is built before it becomes /: a folder that every Linux has, and that nothing is taken from.
+It is covered in the new mount namespace alone, which is gone with its last process: nothing is left on the host,
+however the evaluation ends."""
 DEVICES = ("null", "zero", "full", "random", "urandom")
 SYSTEM_FOLDERS = ("/usr", "/lib", "/lib32", "/lib64", "/bin")
 SYSTEM_FILES = ("/etc/ld.so.cache",)
@@ -54,36 +58,35 @@ def identity_map(outer_id: int, *, is_root: bool) -> str:
     return f"0 {outer_id} 1\n{INNER_ID} {NOBODY} 1\n" if is_root else f"{INNER_ID} {outer_id} 1\n"
 
 
-def build_root(folder: str, python_folder: str, folder_bytes: int) -> None:
+def build_root(python_folder: str, folder_bytes: int) -> None:
     """A file system with Python and the system's libraries, read-only, and one writable folder in memory.
 
     Args:
-        folder: existing and empty; seen from outside it stays so.
         python_folder: the interpreter's own, such as /usr or a pyenv version.
         folder_bytes: the most that the writable folder holds.
     """
     kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
-    kernel.mount("root", folder, "tmpfs", kernel.MS_NOSUID, "mode=755,size=1m,nr_inodes=1k")
+    kernel.mount("root", ROOT, "tmpfs", kernel.MS_NOSUID, "mode=755,size=1m,nr_inodes=1k")
     folders = [name for name in SYSTEM_FOLDERS if Path(name).is_dir() and not Path(name).is_symlink()]
     if not any(python_folder == name or python_folder.startswith(f"{name}/") for name in folders):
         folders.append(python_folder)
     for source in folders:
-        Path(folder + source).mkdir(parents=True)
-        kernel.mount(source, folder + source, None, kernel.MS_BIND | kernel.MS_REC)
-        kernel.make_read_only(folder + source, below_too=True)
+        Path(ROOT + source).mkdir(parents=True)
+        kernel.mount(source, ROOT + source, None, kernel.MS_BIND | kernel.MS_REC)
+        kernel.make_read_only(ROOT + source, below_too=True)
     for link in SYSTEM_FOLDERS:
         if Path(link).is_symlink():
-            Path(folder + link).symlink_to(Path(link).readlink())
+            Path(ROOT + link).symlink_to(Path(link).readlink())
     for source in (*SYSTEM_FILES, *(f"/dev/{name}" for name in DEVICES)):
         if Path(source).exists():
-            target = Path(folder + source)
+            target = Path(ROOT + source)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.touch()
             kernel.mount(source, str(target), None, kernel.MS_BIND)
-    Path(folder + FOLDER).mkdir()
+    Path(ROOT + FOLDER).mkdir()
     options = f"mode=1777,size={folder_bytes},nr_inodes=1k"
-    kernel.mount("folder", folder + FOLDER, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, options)
-    kernel.change_root(folder)
+    kernel.mount("folder", ROOT + FOLDER, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, options)
+    kernel.change_root(ROOT)
     kernel.make_read_only("/", below_too=False)
 
 
@@ -100,7 +103,7 @@ def confine(job: dict[str, Any]) -> dict[str, str]:
     os.umask(0o022)
     os.setsid()
     with step("a file system of its own"):
-        build_root(job["folder"], job["python_folder"], job["limits"]["folder_bytes"])
+        build_root(job["python_folder"], job["limits"]["folder_bytes"])
     with step("a user without rights"):
         if os.getuid() != INNER_ID:
             os.setresgid(INNER_ID, INNER_ID, INNER_ID)

@@ -151,11 +151,6 @@ class Decoder(nn.Module):
         last = self._run(step)[0, step.last()]
         return self.head(self.packing.fill(last))[: len(last)]
 
-    def decode_hidden(self, tokens: Tensor, cache: KVCache, n_new: Sequence[int]) -> Tensor:
-        """As `decode`, but (B, T, C) before the head; what stands behind a row's last token means nothing."""
-        step = PackedStep(tokens, cache, n_new, self.packing)
-        return step.unpacked(self._run(step), tokens.shape[1])
-
     def score(
         self, tokens: Tensor, cache: KVCache, n_new: Sequence[int], wanted: Tensor, targets: Tensor
     ) -> tuple[Tensor, Tensor]:

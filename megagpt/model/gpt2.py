@@ -56,7 +56,7 @@ class GPT2Attention(Attention):
     def decode(self, x: Tensor, step: Step, layer: int) -> Tensor:
         """(B, T, C) new tokens -> (B, T, C)."""
         q, k, v = self._project(x)
-        return self.output(step.attend(self.core, layer, q, k, v))
+        return self.output(step.attend(layer, q, k, v))
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Three views into one product, each (B, T, H, D)."""

@@ -7,12 +7,10 @@ S cache slots.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from megagpt.model.attention import Attend, whole_sdpa
 from megagpt.model.context import WHOLE_ROWS, Context
@@ -80,22 +78,6 @@ class KVCache:
         copy.copy_rows(range(len(rows)), self, rows)
         return copy
 
-    def extend(self, n_new: Sequence[int], width: int) -> CacheStep:
-        """Make room for the next `n_new[b]` tokens of each row, given as a block of `width` columns.
-
-        Raises:
-            ValueError: the block does not fit into the cache.
-        """
-        end = max(self.lengths) + width
-        if end > self.n_slots:
-            raise ValueError(f"key-value cache of {self.n_slots} tokens cannot take {end}; make it longer")
-        device = self.keys[0].device
-        starts = torch.tensor(self.lengths, device=device)
-        positions = starts[:, None] + torch.arange(width, device=device)  # (B, T)
-        visible = torch.arange(end, device=device) <= positions[:, None, :, None]  # (B, 1, T, S)
-        self.lengths = [length + new for length, new in zip(self.lengths, n_new, strict=True)]
-        return CacheStep(self, positions, visible, end)
-
 
 class Step(Protocol):
     """New tokens on their way through the layers, beside a cache."""
@@ -104,33 +86,8 @@ class Step(Protocol):
     def positions(self) -> Tensor:
         """Position of each new token, shaped as the tokens are."""
 
-    def attend(self, core: AttentionCore, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store the new keys and values (B, T, K, D); queries (B, T, H, D) over all that is stored -> (B, T, H * D)."""
-
-
-@dataclass(frozen=True, slots=True)
-class CacheStep:
-    """One block of new tokens on its way through the layers."""
-
-    cache: KVCache
-    positions: Tensor
-    """(B, T) position of each new token, which is also its slot."""
-    visible: Tensor
-    """(B, 1, T, S) True where the new token may look."""
-    end: int
-    """Slots in use after this step, over all rows."""
-
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, T, K, D) keys and values; give back all that is stored, (B, S, K, D)."""
-        rows = torch.arange(len(self.positions), device=self.positions.device)[:, None]
-        stored_keys, stored_values = self.cache.keys[layer], self.cache.values[layer]
-        stored_keys[rows, self.positions] = keys
-        stored_values[rows, self.positions] = values
-        return stored_keys[:, : self.end], stored_values[:, : self.end]
-
-    def attend(self, core: AttentionCore, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """As `Step.attend`."""
-        return core.decode(q, *self.append(layer, k, v), self.visible)
 
 
 class AttentionCore(nn.Module):
@@ -148,13 +105,6 @@ class AttentionCore(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Any = None) -> Tensor:
         """(B, T, H, D), (B, T, K, D), (B, T, K, D), `Context.visible` -> (B, T, H * D)."""
         return self.attend(q, k, v, visible, dropout=self.dropout * self.training, grouped=self.grouped)
-
-    def decode(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
-        """(B, T, H, D) queries over (B, S, K, D) stored keys and values -> (B, T, H * D)."""
-        attended = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=visible, enable_gqa=self.grouped
-        )
-        return attended.transpose(1, 2).flatten(2)
 
 
 class Attention(nn.Module):

@@ -75,7 +75,7 @@ class LlamaAttention(Attention):
         """(B, T, C) new tokens -> (B, T, C)."""
         qk, v = self._project(x)
         q, k = torch.split(self.rotary.at(qk, step.positions), [self.n_head, self.n_kv_head], dim=2)
-        return self.output(step.attend(self.core, layer, q, k, v))
+        return self.output(step.attend(layer, q, k, v))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Normed (B, T, H + K, D) queries and keys, and (B, T, K, D) values."""

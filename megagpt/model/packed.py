@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from megagpt.model.layers import AttentionCore, KVCache
+    from megagpt.model.layers import KVCache
 
 KEYS = 128
 """Keys of one partial sum."""
@@ -106,7 +106,7 @@ class PackedStep:
         block[self.rows, self.columns] = x[0, : self.n_tokens]
         return block
 
-    def attend(self, core: AttentionCore, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: ARG002
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As `Step.attend`, with (1, M, ...) tensors."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         keys[self.rows, self.slots] = k[0, : self.n_tokens]

@@ -26,6 +26,7 @@ MAY_READ_THE_ENVIRONMENT = {
     "launch/generate.py",
     "launch/pretrain.py",
     "megagpt/cli_evals.py",
+    "megagpt/cli_judged.py",
     "megagpt/cli_generate.py",
     "megagpt/cli_train.py",
     "megagpt/bench/processes.py",  # reads nothing of ours: tells the processes that it starts their place and device

@@ -11,19 +11,10 @@ from pathlib import Path
 
 import torch
 
-from megagpt.checkpoint.open import rank_files
-from megagpt.checkpoint.save import Identity, save_checkpoint
-from megagpt.checkpoint.store import CheckpointStore, read_manifest
-from megagpt.checkpoint.tensors import SliceReader
 from megagpt.config.schema import TrainingRun
-from megagpt.data.mixture import open_mixture
-from megagpt.engine.engine import Engine, init_distributed
-from megagpt.parallel.mesh import Mesh, make_mesh
-from megagpt.parallel.plan import plan_batches
-from megagpt.train.batches import TrainBatches
-from megagpt.train.build import build_engine
-from megagpt.train.schedule import lr_schedule
+from megagpt.engine.engine import init_distributed
 from megagpt.train.state import TrainState
+from tests.distributed.engines import engine_for, join, leave, restore, save, train
 
 
 @dataclass(frozen=True)
@@ -38,41 +29,24 @@ class Saved:
     last: int
 
 
-def _join(config: TrainingRun) -> Mesh:
-    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
-
-    CPU_Accelerator.is_fp16_supported = lambda self: True  # it only opens the door: the arithmetic is there
-    torch.set_num_threads(1)
-    init_distributed(timedelta(seconds=120), device_type="cpu")
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    return make_mesh(rank, world_size, rank, torch.device("cpu"), config.parallel)
-
-
 def save_with_deepspeed(runs: list[Saved], out: Path) -> None:
     """Train, let DeepSpeed save, make that universal, and train on; rank 0 writes the losses."""
-    mesh = _join(runs[0].config)
+    mesh = join(runs[0].config)
     losses = {}
     for run in runs:
-        engine = build_engine(run.config, plan_batches(run.config, mesh.world_size), mesh)
-        state, before = _train(engine, run.config, TrainState(), run.first)
+        engine = engine_for(run.config, mesh)
+        state, before = train(engine, run.config, TrainState(), run.first)
         # Our engine counts steps by itself where it drives the accumulation; DeepSpeed's count goes into its file.
         assert engine._engine.global_steps == run.first
         engine._engine.save_checkpoint(str(run.folder))
-        save_checkpoint(
-            CheckpointStore(run.folder / "ours"),
-            mesh,
-            engine.owned_slices(),
-            TrainState(state.step, engine=engine.engine_state()).to_dict(),
-            Identity(run.config.model_dump(mode="json"), "", None, (), {}),
-        )
+        save(engine, run.config, state, run.folder / "ours")
         mesh.barrier()
         if mesh.is_main:
             make_universal(run.folder / f"global_step{run.first}", run.folder / "universal")
-        losses[run.name] = before + _train(engine, run.config, state, run.last)[1]
+        losses[run.name] = before + train(engine, run.config, state, run.last)[1]
     if mesh.is_main:
         out.write_text(json.dumps(losses))
-    mesh.barrier()
-    torch.distributed.destroy_process_group()
+    leave(mesh)
 
 
 def make_universal(folder: Path, out: Path) -> None:
@@ -94,30 +68,15 @@ def make_universal(folder: Path, out: Path) -> None:
 
 def go_on(runs: list[tuple[str, TrainingRun, Path, int]], out: Path) -> None:
     """(name, configuration, checkpoint, last step) -> losses from the checkpoint on."""
-    mesh = _join(runs[0][1])
+    mesh = join(runs[0][1])
     losses = {}
     for name, config, step_dir, last in runs:
-        engine = build_engine(config, plan_batches(config, mesh.world_size), mesh)
-        manifest = read_manifest(step_dir)
-        state = TrainState.from_dict(manifest.state)
-        with SliceReader(rank_files(step_dir, manifest)) as reader:
-            engine.restore(reader, state.engine)
-        losses[name] = _train(engine, config, state, last)[1]
+        engine = engine_for(config, mesh)
+        state, _ = restore(engine, step_dir)
+        losses[name] = train(engine, config, state, last)[1]
     if mesh.is_main:
         out.write_text(json.dumps(losses))
-    mesh.barrier()
-    torch.distributed.destroy_process_group()
-
-
-def _train(engine: Engine, config: TrainingRun, state: TrainState, last: int) -> tuple[TrainState, list[float]]:
-    mixture = open_mixture(config.data.train, config.model.max_seq_len, config.run.seed)
-    batches = TrainBatches(mixture, engine.plan, engine.mesh)
-    schedule, losses = lr_schedule(config.optim, config.train.max_steps), []
-    while state.step < last:
-        outcome = engine.train_step(batches.step(state.step), schedule(state.step))
-        state = state.after_step(engine.plan.tokens_per_step, skipped=outcome.skipped)
-        losses.append(outcome.loss)
-    return state, losses
+    leave(mesh)
 
 
 def save_a_hugging_face_model(family: str, folder: Path, client_state: dict[str, object]) -> None:

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -34,7 +35,7 @@ def evaluate(request: EvalRequest, tensor: int, pipeline: int, fault: str | None
     console = Console(file=io.StringIO(), quiet=launch.rank != 0)
     if launch.rank == 1 and fault == "other limit":
         request = replace(request, limit=5)
-    spoilt = patch.object(PlanRunner, "run", FAULTS[fault]) if launch.rank == 1 and fault in FAULTS else nullcontext()
+    spoilt = patch.object(PlanRunner, *FAULTS[fault]) if launch.rank == 1 and fault in FAULTS else nullcontext()
     try:
         with spoilt:
             run_together(request, launch, Layout(tensor, pipeline), console)
@@ -53,7 +54,18 @@ def _crashes(*_: object) -> None:
     raise RuntimeError("out of something")
 
 
-FAULTS = {"an error of ours": _refuses, "a crash": _crashes}
+def _crashes_at_the_third_batch(runner: PlanRunner, *answers: Any) -> None:
+    if runner.n_forwards == 3:
+        _crashes()
+    COLLECT(runner, *answers)
+
+
+COLLECT = PlanRunner._collect
+FAULTS = {
+    "an error of ours": ("run", _refuses),
+    "a crash": ("run", _crashes),
+    "a late crash": ("_collect", _crashes_at_the_third_batch),
+}
 
 
 def score_cut_vocabulary() -> None:

@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
-from megagpt.checkpoint.open import rank_files
-from megagpt.checkpoint.save import Identity, save_checkpoint
-from megagpt.checkpoint.store import CheckpointStore, read_manifest
-from megagpt.checkpoint.tensors import WEIGHT, SliceReader, TensorSlice
+from megagpt.checkpoint.tensors import WEIGHT, TensorSlice
 from megagpt.config.schema import TrainingRun
-from megagpt.data.mixture import open_mixture
-from megagpt.engine.engine import Engine, init_distributed
+from megagpt.engine.engine import Engine
 from megagpt.engine.slices import state_tensors
-from megagpt.parallel.mesh import Mesh, make_mesh
-from megagpt.parallel.plan import plan_batches
-from megagpt.train.batches import TrainBatches
-from megagpt.train.build import build_engine
-from megagpt.train.schedule import lr_schedule
+from megagpt.parallel.mesh import Mesh
 from megagpt.train.state import TrainState
+from tests.distributed.engines import engine_for, join, leave, restore, save, train
 
 FEW = 5
 """Steps after which equal states would no longer be equal if they had not been."""
@@ -81,13 +72,7 @@ class Shown:
 
 def run_layouts(layouts: list[Laid], out: Path) -> None:
     """In every process of a group: let the layouts, all of the same degrees, do their part in turn."""
-    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
-
-    CPU_Accelerator.is_fp16_supported = lambda self: True  # it only opens the door: the arithmetic is there
-    torch.set_num_threads(1)
-    init_distributed(timedelta(seconds=240), device_type="cpu")
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    mesh = make_mesh(rank, world_size, rank, torch.device("cpu"), layouts[0].config.parallel)
+    mesh = join(layouts[0].config)
     shown = {}
     for laid in layouts:
         shown[laid.name] = found = Shown()
@@ -101,66 +86,35 @@ def run_layouts(layouts: list[Laid], out: Path) -> None:
             found.continued[written.name] = _go_on(laid, written, mesh, laid.first + FEW)
     if mesh.is_main:
         out.write_text(json.dumps({name: vars(value) for name, value in shown.items()}))
-    mesh.barrier()
-    torch.distributed.destroy_process_group()
+    leave(mesh)
 
 
 def read_shown(out: Path) -> dict[str, Shown]:
     return {name: Shown(**values) for name, values in json.loads(out.read_text()).items()}
 
 
-def _engine(laid: Laid, mesh: Mesh) -> Engine:
-    return build_engine(laid.config, plan_batches(laid.config, mesh.world_size), mesh)
-
-
 def _own_run(laid: Laid, mesh: Mesh) -> list[float]:
     """Save in the middle of a run that goes on."""
-    engine = _engine(laid, mesh)
-    state, before = _train(engine, laid.config, TrainState(), laid.first)
-    _save(engine, laid, state, laid.write)
-    return before + _train(engine, laid.config, state, laid.last)[1]
+    engine = engine_for(laid.config, mesh)
+    state, before = train(engine, laid.config, TrainState(), laid.first)
+    save(engine, laid.config, state, laid.write)
+    return before + train(engine, laid.config, state, laid.last)[1]
 
 
 def _go_on(laid: Laid, written: Written, mesh: Mesh, last: int) -> list[float]:
-    engine = _engine(laid, mesh)
-    state, _ = _restore(engine, written)
+    engine = engine_for(laid.config, mesh)
+    state, _ = restore(engine, written.step_dir)
     if laid.save_again is not None and written is laid.go_on[0]:
-        _save(engine, laid, state, laid.save_again)
-    return _train(engine, laid.config, state, last)[1]
-
-
-def _train(engine: Engine, config: TrainingRun, state: TrainState, last: int) -> tuple[TrainState, list[float]]:
-    mixture = open_mixture(config.data.train, config.model.max_seq_len, config.run.seed)
-    batches = TrainBatches(mixture, engine.plan, engine.mesh)
-    schedule, losses = lr_schedule(config.optim, config.train.max_steps), []
-    while state.step < last:
-        outcome = engine.train_step(batches.step(state.step), schedule(state.step))
-        state = state.after_step(engine.plan.tokens_per_step, skipped=outcome.skipped)
-        losses.append(outcome.loss)
-    return state, losses
-
-
-def _save(engine: Engine, laid: Laid, state: TrainState, folder: Path) -> None:
-    plain = laid.config.model_dump(mode="json")
-    identity = Identity(config=plain, data_fingerprint="", tokenizer=None, tokenizer_files=(), versions={})
-    state = replace(state, engine=engine.engine_state())
-    save_checkpoint(CheckpointStore(folder), engine.mesh, engine.owned_slices(), state.to_dict(), identity)
-
-
-def _restore(engine: Engine, written: Written) -> tuple[TrainState, int]:
-    manifest = read_manifest(written.step_dir)
-    state = TrainState.from_dict(manifest.state)
-    with SliceReader(rank_files(written.step_dir, manifest)) as reader:
-        engine.restore(reader, state.engine)
-        return state, reader.bytes_read
+        save(engine, laid.config, state, laid.save_again)
+    return train(engine, laid.config, state, last)[1]
 
 
 def _read_all(laid: Laid, mesh: Mesh, found: Shown) -> None:
     optim = laid.config.optim.model_copy(update={"lr": 0.5, "betas": (0.7, 0.8), "eps": 1e-6, "weight_decay": 0.03})
     laid = replace(laid, config=laid.config.model_copy(update={"optim": optim}))  # not as any of them was written under
-    engine = _engine(laid, mesh)
+    engine = engine_for(laid.config, mesh)
     for written in laid.read:
-        state, n_bytes = _restore(engine, written)
+        state, n_bytes = restore(engine, written.step_dir)
         with safe_open(written.truth, framework="pt") as truth:
             mine = [*_wrong_slices(engine, truth), *_wrong_weights(engine, truth), *_wrong_counters(engine, state)]
             mine += _wrong_settings(engine, laid.config)

@@ -9,6 +9,8 @@ import pytest
 from rich.console import Console
 
 from evals.gold import gold_scores
+from evals.report_inputs import read_run_folder
+from evals.report_steps import collect
 from evals.run import EvalRequest, run_evals
 from tests.distributed.processes import start
 from tests.distributed.runs import metric_rows, saved_state, step_dir
@@ -102,6 +104,12 @@ def check(case, tmp_path, tokens, tokenizer_file):  # noqa: F811
         ("megagpt_smoke_generate", "ok", LIMIT),
     ]
     assert told["tasks"][0]["gold"]["n"] == LIMIT
+    # The report finds every step.
+    run = read_run_folder(scored)
+    assert [evaluation.step for evaluation in run.live] == list(range(0, LAST + 1, EVERY))
+    assert not [line for line in run.missing if "evals/training" in line]
+    curves = {(curve.task, curve.name): curve.values for curve in collect(run.live).curves}
+    assert curves["megagpt_smoke", "right answer, bits per byte"] == tuple(values)
 
 
 @pytest.mark.parametrize("case", FAST.values(), ids=FAST)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,30 @@ def test_what_several_processes_had_answered_when_one_was_killed_is_not_asked_ag
     assert 0 < smoke.answers_resumed < 4 * 18
     assert found(tmp_path / "out") == expected["gpt2"]
     assert not list((tmp_path / "out" / "answers").iterdir())
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    ("family", "processes", "tensor", "changes", "is_shared"),
+    [
+        ("gpt2", 2, 2, {}, True),  # the same bits as of one process
+        ("llama", 4, 4, {}, False),  # eight columns a process: other bits
+        ("gpt2", 2, 1, {"dtype": "bf16"}, False),
+        ("gpt2", 2, 1, {"batch_invariant": False}, False),
+    ],
+    ids=["tensor 2", "tensor 4", "bf16", "not invariant"],
+)
+def test_another_layout_takes_answers_only_where_they_are_the_same_numbers(
+    family, processes, tensor, changes, is_shared, run_dirs, tmp_path
+):
+    request = replace(requests(run_dirs[family], tmp_path / "out"), **changes)
+    start(evaluate, processes, request, tensor, 1, "a late crash", log=tmp_path / "log").wait(60)
+    assert not list((tmp_path / "out").glob("megagpt_smoke.json"))
+    assert list((tmp_path / "out" / "answers").iterdir())
+    smoke, *_ = run_evals(request, QUIET)
+    assert (smoke.answers_resumed > 0) is is_shared
+    run_evals(replace(request, out=tmp_path / "whole"), QUIET)
+    assert found(tmp_path / "out") == found(tmp_path / "whole")
 
 
 @pytest.mark.exhaustive

@@ -71,6 +71,21 @@ def truthfulqa_rows() -> list[dict[str, Any]]:
     ]
 
 
+def truthfulqa_generation_rows() -> list[dict[str, Any]]:
+    return [
+        {
+            "type": "Adversarial",
+            "category": "Daily life",
+            "question": question,
+            "best_answer": choices[gold],
+            "correct_answers": [choices[gold], f"It is {choices[gold]}."],
+            "incorrect_answers": [choice for i, choice in enumerate(choices) if i != gold],
+            "source": "",
+        }
+        for question, choices, gold in FACTS
+    ]
+
+
 def piqa_rows() -> list[dict[str, Any]]:
     return [{"goal": q, "sol1": choices[0], "sol2": choices[1], "label": gold % 2} for q, choices, gold in FACTS]
 
@@ -123,7 +138,10 @@ def write_all(out: Path) -> dict[str, Path]:
         "Rowan/hellaswag": {"default": {"validation": hellaswag_rows()}},
         "cais/mmlu": {"anatomy": {"dev": mmlu_rows()[:5], "test": mmlu_rows()}},
         "openai/gsm8k": {"main": {split: gsm8k_rows() for split in ("train", "test")}},
-        "truthfulqa/truthful_qa": {"multiple_choice": {"validation": truthfulqa_rows()}},
+        "truthfulqa/truthful_qa": {
+            "multiple_choice": {"validation": truthfulqa_rows()},
+            "generation": {"validation": truthfulqa_generation_rows()},
+        },
         "baber/piqa": {"default": {split: piqa_rows() for split in both}},
         "allenai/winogrande": {"winogrande_xl": {split: winogrande_rows() for split in both}},
         "EleutherAI/lambada_openai": {"default": {"test": lambada_rows()}},
@@ -143,6 +161,7 @@ HUB_IDS = {
     "gsm8k": "openai/gsm8k",
     "truthfulqa_mc1": "truthfulqa/truthful_qa",
     "truthfulqa_mc2": "truthfulqa/truthful_qa",
+    "truthfulqa_gen": "truthfulqa/truthful_qa",
     "piqa": "baber/piqa",
     "winogrande": "allenai/winogrande",
     "lambada_openai": "EleutherAI/lambada_openai",

@@ -15,15 +15,17 @@ import pytest
 import torch
 
 from evals.answers import AnswerKey, AnswerStore, request_hash
+from evals.backend import MegaGPTLM
 from evals.data import write_dataset
 from evals.results import TaskResult
-from evals.run import EvalRequest, run_evals
+from evals.run import EvalRequest, Evaluation, run_evals
 from megagpt.checkpoint.open import open_checkpoint
-from tests.evals.conftest import save_run
+from tests.evals.conftest import CONTEXT, TEXT, save_run
+from tests.evals.test_backend import generated
 from tests.evals.test_run import CONSOLE, SUITES
 
 ROOT = Path(__file__).resolve().parents[2]
-KEY = AnswerKey("weights", "fp32", 192, "tokenizer", "code")
+KEY = AnswerKey("weights", "fp32", 192, "tokenizer", "code", "arithmetic")
 N_DOCS = 200
 
 
@@ -46,10 +48,10 @@ def test_answers_are_found_again_as_they_were_put(tmp_path: Path) -> None:
         assert store.get("z") is None
 
 
-@pytest.mark.parametrize("field", ["checkpoint", "dtype", "max_seq_len", "tokenizer", "code", "batch_invariant"])
+@pytest.mark.parametrize("field", ["checkpoint", "dtype", "max_seq_len", "tokenizer", "code", "arithmetic"])
 def test_whatever_decides_an_answer_is_part_of_the_key(tmp_path: Path, field: str) -> None:
     put(tmp_path, KEY, "x")
-    other = replace(KEY, **{field: {"max_seq_len": 191, "batch_invariant": True}.get(field, "other")})
+    other = replace(KEY, **{field: {"max_seq_len": 191}.get(field, "other")})
     assert AnswerStore(tmp_path, "a_task", other).n_found == 0
     assert AnswerStore(tmp_path, "another_task", KEY).n_found == 0
     assert AnswerStore(tmp_path, "a_task", KEY).n_found == 1
@@ -181,3 +183,44 @@ def test_a_checkpoint_with_one_changed_weight_shares_nothing(killed, tokenizer, 
     assert (found.answers_resumed, found.tokens_computed) == (0, alone.tokens_computed)
     assert found.metrics == alone.metrics
     assert sorted((out / "answers").iterdir()) == left  # the killed one's, for its own checkpoint
+
+
+def digest(run_dir: Path, **changes) -> str:
+    """Of the key of an evaluation's answers."""
+    request = EvalRequest(run_dir, ("mmlu_anatomy",), suites_dir=SUITES, **changes)
+    return Evaluation(request, open_checkpoint(run_dir)).answer_key.digest
+
+
+def test_row_invariant_answers_are_known_whatever_the_batches(killed) -> None:
+    run_dir, _ = killed
+    found = {digest(run_dir, batch_size=size, share_prefixes=share) for size in (1, 16) for share in (True, False)}
+    assert len(found) == 1
+
+
+def test_answers_that_depend_on_the_batch_are_known_for_the_same_batches_alone(killed) -> None:
+    run_dir, _ = killed
+    changes = [{"batch_invariant": False}, {"dtype": "bf16"}]
+    changes += [{**change, **more} for change in changes for more in ({"batch_size": 4}, {"share_prefixes": False})]
+    keys = [digest(run_dir, **change) for change in changes]
+    assert len({*keys, digest(run_dir)}) == 7
+    assert keys == [digest(run_dir, **change) for change in changes]
+
+
+@pytest.mark.exhaustive
+def test_another_number_of_threads_is_other_arithmetic(killed) -> None:
+    run_dir, _ = killed
+    one = digest(run_dir)
+    torch.set_num_threads(2)
+    assert digest(run_dir) != one
+
+
+def test_generated_tokens_of_a_killed_evaluation_are_not_computed_again(model, tokenizer, tmp_path: Path) -> None:
+    prompts = [generated(text, max_gen_toks=7) for text in TEXT]
+    found = []
+    for _ in range(2):
+        with AnswerStore(tmp_path, "a_task", KEY) as answers:
+            lm = MegaGPTLM(model, tokenizer, max_seq_len=CONTEXT, batch_size=2, answers=answers)
+            found.append((lm.generate_until(prompts), lm.tokens_computed, lm.tokens_naive, lm.n_resumed))
+    (texts, computed, naive, _), again = found
+    assert again == (texts, 0, naive, 3)
+    assert computed == naive

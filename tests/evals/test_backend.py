@@ -11,6 +11,7 @@ from lm_eval.api.instance import Instance
 from evals.backend import MegaGPTLM
 from evals.decoding import GenerationSettings, cut_at_first_stop
 from megagpt.errors import EvalError
+from megagpt.generate import generate
 from tests.evals.conftest import CONTEXT, TEXT
 
 
@@ -106,6 +107,21 @@ def test_generation_ends_at_a_stop_string_taken_from_its_own_text(lm) -> None:
     stop = free[5:8]
     assert len(stop) == 3
     assert lm.generate_until([generated(TEXT[0], until=[stop], max_gen_toks=30)]) == [free[: free.index(stop)]]
+
+
+def test_prompts_and_generated_tokens_are_counted(model, tokenizer) -> None:
+    """Against the decoder itself: each prompt, and each token that was chosen."""
+    seen = []
+    counted = MegaGPTLM(model, tokenizer, max_seq_len=CONTEXT, batch_size=2)
+    counted.generate_until([generated(text, max_gen_toks=9) for text in TEXT])
+    prompts = [tokenizer.encode(text) for text in TEXT]
+    written = generate(model, prompts, 9, stop_ids=(tokenizer.eot_id,), on_token=lambda _, token: seen.append(token))
+    assert counted.tokens_computed == counted.tokens_naive == sum(map(len, prompts)) + sum(map(len, written))
+    assert len(seen) == 3 * 9
+    (free,) = counted.generate_until([generated(TEXT[0], max_gen_toks=30)])
+    stopped = MegaGPTLM(model, tokenizer, max_seq_len=CONTEXT)
+    stopped.generate_until([generated(TEXT[0], until=[free[5:8]], max_gen_toks=30)])
+    assert len(prompts[0]) < stopped.tokens_computed < len(prompts[0]) + 30
 
 
 def test_answers_come_back_in_the_order_of_the_requests(lm) -> None:

@@ -232,3 +232,14 @@ def test_texts_with_unicodes_own_line_separators_are_read(tmp_path):
     rows = [sample("arc_easy", i, {"acc": 1.0}, prompt_end="a\u2028b\x85c") for i in range(2)]
     a = folder_of(tmp_path, "a", answers(1, 1), rows=rows)
     assert compare([a, a]).differences[0].n == 2
+
+
+@pytest.mark.parametrize("change", [{"judge": "judge-b"}, {"judge_prompt": "other words"}])
+def test_points_of_another_judge_are_not_compared(tmp_path, change):
+    settings = {"judge": "judge-a", "judge_prompt": "words"}
+    for name, found in (("a", settings), ("b", settings), ("c", settings | change)):
+        points = [{"score": float(i)} for i in range(10)]
+        write_answers(tmp_path / name, "answers_test", points, settings=found)
+    assert compare([tmp_path / "a", tmp_path / "b"]).differences
+    with pytest.raises(EvalError, match=r"the judge's prompts: words and other|judge: judge-a and judge-b"):
+        compare([tmp_path / "a", tmp_path / "c"])

@@ -25,12 +25,22 @@ def test_two_documents_by_hand() -> None:
     assert found.bits_per_byte == pytest.approx((2 + 4) / 2)
     first, second = -8 * math.log(2) + 1.0, -8 * math.log(2) + 9.0
     assert found.margin == pytest.approx((first + second) / 2)
+    # Of two values the standard error of their mean is half their difference.
+    assert found.bits_per_byte_stderr == pytest.approx((4 - 2) / 2)
+    assert found.margin_stderr == pytest.approx(abs(first - second) / 2)
 
 
 def test_a_single_continuation_has_no_margin() -> None:
     found = gold_scores([sample([-math.log(2)], [" a"], "whatever the task says")])
     assert found is not None
     assert (found.bits_per_byte, found.margin) == (pytest.approx(0.5), None)
+    assert (found.bits_per_byte_stderr, found.margin_stderr) == (None, None)
+
+
+def test_a_model_that_diverged_has_no_number_and_ends_nothing() -> None:
+    found = gold_scores([sample([math.nan, -1.0], [" a", " b"], 0), sample([-1.0, -2.0], [" a", " b"], 0)])
+    assert found is not None
+    assert all(map(math.isnan, (found.bits_per_byte, found.margin, found.bits_per_byte_stderr, found.margin_stderr)))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from evals.backend import MegaGPTLM
 from evals.forwards import Answer, PlanRunner
 from evals.heldout import heldout_loss
-from evals.invariance import make_batch_invariant
+from evals.invariance import bits_of, make_batch_invariant
 from evals.prefix_tree import Continuation, cut_in_parts, plan_forwards
 from megagpt.data.indexed import TokenFileWriter
 from megagpt.model.decoder import Decoder
@@ -112,3 +112,14 @@ def test_a_model_or_machine_for_which_it_does_not_hold_is_told_and_left_fast() -
     model.final_norm = Centred()
     assert not make_batch_invariant(model)
     assert model.packing is FAST
+
+
+def test_arithmetic_is_told_by_its_bits() -> None:
+    """Equal weights and arithmetic have equal bits; sums in another order, or one other weight, have not."""
+    one, same, other = random_model(), random_model(), random_model()
+    with torch.no_grad():
+        next(other.parameters())[1, 1] += 1e-4
+    assert all(map(make_batch_invariant, (one, same, other)))
+    assert bits_of(one) == bits_of(same) != bits_of(other)
+    same.packing = FAST
+    assert bits_of(one) != bits_of(same)

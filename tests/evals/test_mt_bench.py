@@ -20,8 +20,9 @@ from evals.mt_bench import data as mt_data
 from evals.mt_bench.answers import Answer, AnswerSettings, _to_row, room_for_answers
 from evals.mt_bench.data import TEMPERATURES, WRONG_REFERENCES, describe, load_benchmark
 from evals.mt_bench.pairwise import run_pairwise
-from evals.mt_bench.run import MTBenchRequest, first_of_each, judge_requests, run_mt_bench
+from evals.mt_bench.run import judge_requests, run_mt_bench
 from evals.mt_bench.scores import bootstrap_metric, score
+from evals.mt_bench.setting import MTBenchRequest, first_of_each
 from evals.results import TaskResult
 from megagpt.cli import main
 from megagpt.errors import EvalError

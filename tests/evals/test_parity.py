@@ -100,7 +100,7 @@ SLOW_TO_FIND = {"boolq": pytest.mark.exhaustive}
 NOT_GENERATED = [
     pytest.param(task, n, marks=SLOW_TO_FIND.get(task, ()))
     for task in HUB_IDS
-    if task != "gsm8k"
+    if task not in ("gsm8k", "truthfulqa_gen")
     for n in SHOTS.get(task, (0,))
 ]
 
@@ -122,6 +122,19 @@ def test_gsm8k_text_is_the_same_as_with_lm_evals_hf_backend(both, hub_folders, t
     assert_equal(*found)
     assert any(sample["resps"][0][0] for sample in found[0]["samples"]["gsm8k"])
     assert both[0].truncated["gsm8k"]  # the prompts do not fit beside 40 new tokens: both cut on the left
+
+
+def test_truthfulqas_text_is_the_same_as_with_lm_evals_hf_backend(both, hub_folders, hub_cache) -> None:
+    """The definition's own prompts and stop string; fewer new tokens, since the context is short."""
+    plan = plan_from_folders("truthfulqa_gen", {HUB_IDS["truthfulqa_gen"]: hub_folders["truthfulqa_gen"]}, hub_cache)
+    task = load_task(plan, check_counts=False).tasks["truthfulqa_gen"]
+    task.build_all_requests(limit=4, rank=0, world_size=1)
+    for request in task.instances:
+        assert request.args[1]["until"] == ["\n\n"]
+        request.args[1]["max_gen_toks"] = 40
+    ours, theirs = (lm.generate_until(task.instances, disable_tqdm=True) for lm in both)
+    assert ours == theirs
+    assert all(ours)
 
 
 def test_rolling_log_likelihoods_are_those_of_lm_evals_hf_backend(both) -> None:
@@ -186,6 +199,29 @@ def test_two_hundred_real_documents_score_as_with_lm_evals_hf_backend(both_large
         found.append(run(lm, loaded, limit=limit))
     assert_equal(*found)
     assert sum(map(len, found[0]["samples"].values())) >= 200
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no benchmark files in shared/data/evals")
+def test_truthfulqa_is_continued_as_with_lm_evals_hf_backend(both_large, shared_cache: Path) -> None:
+    """200 documents' texts; BLEU and ROUGE, of which a document costs half a second, of ten."""
+    task = load_task(plan_task("truthfulqa_gen", SHARED, shared_cache)).tasks["truthfulqa_gen"]
+    task.build_all_requests(limit=200, rank=0, world_size=1)
+    for request in task.instances:
+        request.args[1]["max_gen_toks"] = 32
+    ours, theirs = (lm.generate_until(task.instances, disable_tqdm=True) for lm in both_large)
+    assert len(ours) == 200
+    assert ours == theirs
+    assert len(set(ours)) > 1
+    found = []
+    for lm in both_large:
+        loaded = load_task(plan_task("truthfulqa_gen", SHARED, shared_cache))
+        arguments = {"until": ["\n\n"], "do_sample": False, "max_gen_toks": 32}
+        loaded.tasks["truthfulqa_gen"].set_config("generation_kwargs", arguments)
+        found.append(run(lm, loaded, limit=10))
+    assert_equal(*found)
+    assert {"bleu_max,none", "rougeL_diff,none"} <= found[0]["results"]["truthfulqa_gen"].keys()
 
 
 @pytest.mark.exhaustive

@@ -108,8 +108,8 @@ def write_run(tmp_path: Path) -> Path:
     for step in STEPS:
         write_step(run_dir, step)
     last = run_dir / "evals" / "step_00002000"
-    points = {"score": Metric(3.25, 0.1, (3.05, 3.45)), "turn_2": Metric(2.5, 0.1, (2.3, 2.7))}
-    settings = {"judge": {"name": "judge-7b"}, "limit": None}
+    points = {"average": Metric(3.25, 0.1, (3.05, 3.45)), "turn_2": Metric(2.5, 0.1, (2.3, 2.7))}
+    settings = {"judge": "judge-7b", "limit": None}
     make_result("mt_bench", points, step=2000, n=80, n_total=80, settings=settings).write(last)
     make_result("humaneval", {"pass@1": Metric(0.0123, 0.01, (0.002, 0.04))}, step=2000, n=164, n_total=164).write(last)
     write_json(run_dir / "evals" / "contamination.json", contamination())
@@ -179,11 +179,28 @@ def test_the_prompt_hash_follows_the_prompts_and_not_their_order(written):
 
 
 def test_judged_points_stand_apart_with_their_judge(written):
-    assert [score.task for score in written.view["judged"]] == ["mt_bench", "mt_bench"]
+    assert [(found.task, found.judge) for found in written.view["judged"]] == [("mt_bench", "judge-7b")]
     assert not any(score.task == "mt_bench" for score in written.view["scores"])
-    assert "mt_bench score 3.2500 3.0500 to 3.4500 80 judge-7b" in squeeze(written.page.text)
+    assert "average of both turns 3.25 3.05 to 3.45" in squeeze(written.page.text)
     assert "humaneval pass@1 0.0123" in squeeze(written.page.text)
     assert "mt_bench" not in written.page.chart_text
+    assert not any(group.group == "mt_bench" for group in written.view["subjects"])
+
+
+def test_judged_answers_of_a_later_step_leave_the_scores_where_they_are(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    write_answers(run_dir / "evals" / "step_00000010", "arc_easy", arc_answers(1000), step=10)
+    judged = make_result("mt_bench", {"average": Metric(3.25, 0.1, (3.05, 3.45))}, step=20, settings={"judge": "j"})
+    for step in (20, 30):
+        (run_dir / "evals" / f"step_{step:08d}").mkdir()
+        judged.write(run_dir / "evals" / f"step_{step:08d}")
+    (run_dir / "config.yaml").write_text(dump_config(make_config(run_dir, tmp_path / "data")))
+    view = build_view(read_run_folder(run_dir))
+    assert {score.step for score in view["scores"]} == {10}
+    assert view["earlier_scores"] == []
+    assert view["examples"]
+    assert [found.step for found in view["judged"]] == [30]
+    assert [found.step for found in view["judged_before"]] == [20]
 
 
 def test_scores_of_several_steps_are_drawn_with_chance(written):
@@ -285,6 +302,14 @@ def test_the_surest_right_and_wrong_answers_are_shown_with_their_choices():
         (" wrong", True, False),
         (" right", False, True),
     ]
+
+
+def test_a_prompt_of_which_the_end_alone_is_kept_begins_with_a_word() -> None:
+    kept = "rd of a long prompt. " + 20 * "And more words. "
+    (whole, cut) = (sample("t", i, {"acc": 1.0}, prompt_end=text) for i, text in enumerate(("Short?", kept[:300])))
+    shown = {e.document: e.prompt_end for e in examples(7, "t", [whole, cut])}
+    assert shown["0"] == "Short?"
+    assert shown["1"].startswith("[...] of a long prompt. And")
 
 
 def test_generated_answers_are_shown_once_a_document_and_cannot_act(written):

@@ -68,6 +68,9 @@ def test_a_result_file_says_what_was_computed_and_whether_the_batch_matters(run_
     assert (content["batch_invariant"], plain.batch_invariant) == (True, False)
     assert (content["answers_resumed"], content["answers_damaged"]) == (0, 0)
     assert shared.metrics == alone.metrics
+    for task in ("megagpt_smoke_generate", "heldout"):  # nothing is shared
+        (other,) = evaluate(run_dir, task, limit=4, out=tmp_path / "other")
+        assert 0 < other.tokens_computed == other.tokens_naive
 
 
 def test_a_result_file_of_before_these_fields_is_read(run_dir: Path, tmp_path: Path) -> None:

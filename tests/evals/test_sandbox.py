@@ -396,6 +396,7 @@ def test_the_sandbox_ends_with_the_evaluation(tmp_path: Path) -> None:
     while programs_left():
         assert time.monotonic() < deadline, "the program outlives the evaluation"
         time.sleep(0.05)
+    assert list(tmp_path.iterdir()) == [], "something is left in the folder for temporary files"
 
 
 def test_several_at_once_do_not_disturb_each_other() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,16 @@ def test_a_task_runs_by_name_over_a_hub_shaped_folder(task: str, lm, tmp_path: P
         TaskUnavailableError, match=f"{task} has 4 documents, the official one has {OFFICIAL_DOCUMENTS[task]}"
     ):
         load_task(plan)
+
+
+def test_a_package_that_a_definition_needs_and_that_is_missing_is_named(monkeypatch, tmp_path: Path) -> None:
+    """TruthfulQA's texts are compared by sacrebleu and rouge_score."""
+    folder = write_task(tmp_path / "hub", "truthfulqa_gen")
+    monkeypatch.delitem(sys.modules, "lm_eval.tasks.truthfulqa.utils", raising=False)
+    monkeypatch.setitem(sys.modules, "rouge_score", None)  # as if it were not installed
+    plan = plan_from_folders("truthfulqa_gen", {"truthfulqa/truthful_qa": folder}, tmp_path / "cache")
+    with pytest.raises(TaskUnavailableError, match=r"needs the Python package rouge_score.*pip install rouge-score"):
+        load_task(plan, check_counts=False)
 
 
 def test_few_shots_without_a_train_split_come_from_the_scored_one_without_the_scored_document(tmp_path: Path) -> None:

@@ -82,9 +82,15 @@ def test_cached_logits_equal_uncached_ones_for_ragged_rows(config):
 @FAMILY_CONFIGS
 def test_every_position_from_the_cache_equals_forward(config):
     model, tokens = model_and_tokens(config)
+    n_vocab = model.sizes.vocab_size
     cache = model.new_cache(2, 13)
-    hidden = [model.decode_hidden(part, cache, [part.shape[1]] * 2) for part in tokens.split([4, 1, 8], dim=1)]
-    torch.testing.assert_close(model.head(torch.cat(hidden, dim=1)), model(tokens), rtol=0, atol=2e-6)
+    found = []
+    for part in tokens.split([4, 1, 8], dim=1):
+        positions = torch.arange(part.numel()).repeat_interleave(n_vocab)
+        every_token = torch.arange(n_vocab).repeat(part.numel())
+        scores, _ = model.score(part, cache, [part.shape[1]] * 2, positions, every_token)
+        found.append(scores.view(*part.shape, n_vocab))
+    torch.testing.assert_close(torch.cat(found, dim=1), model(tokens).log_softmax(-1), rtol=0, atol=2e-6)
 
 
 def test_a_full_cache_says_so():
