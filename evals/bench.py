@@ -1,27 +1,29 @@
-"""Our backend and lm-eval's Hugging Face backend on the same requests, by turns, and whether they agree."""
+"""A suite through our backend and through lm-eval's Hugging Face backend, by turns, and whether they agree."""
 
 from __future__ import annotations
 
 import json
 import math
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import lm_eval.evaluator
 import torch
-from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from rich.console import Console
-from rich.table import Table
 
+from evals.answers import code_version
 from evals.backend import MegaGPTLM
+from evals.bench_measure import OURS, THEIRS, Measurement, Seconds, evaluate_timed
 from evals.invariance import make_batch_invariant
+from evals.lines import append_line, read_lines
+from evals.prompts import kept_templates
 from evals.scoring import quiet_bars
-from evals.task_loader import LoadedTask, load_task, plan_task
+from evals.task_loader import LoadedTask, TaskPlan, load_task, plan_task
 from megagpt.checkpoint.hf import export_hf
 from megagpt.checkpoint.open import Checkpoint, open_checkpoint
 from megagpt.errors import EvalError
@@ -32,7 +34,6 @@ TOLERANCE = 1e-4
 """Largest difference of two log-likelihoods, nats."""
 METRIC_TOLERANCE = 2e-5
 """Relative."""
-OURS, THEIRS = "megagpt", "lm-eval hf"
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class BenchRequest:
     max_new_tokens: int = 64
     batch_size: int = 16
     rounds: int = 1
+    lines: Path | None = None
+    """Where each measurement is kept as soon as it is there; those that are there already are not made again."""
 
 
 @dataclass(frozen=True)
@@ -55,15 +58,18 @@ class BenchRow:
 
     task: str
     n_requests: int
-    seconds: dict[str, float]
-    """Backend -> least seconds of all rounds."""
+    seconds: dict[str, Seconds]
+    """Backend -> of its fastest round."""
     tokens_computed: int
     tokens_naive: int
     largest_difference: float
     """Of log-likelihoods, nats."""
     n_other_texts: int
     """Generated texts that are not the same."""
-    same_metrics: bool
+    differences: list[str]
+    """Metrics that are not the same, with both values."""
+    same_requests: bool = True
+    """Whether both were asked the same, to the byte."""
 
 
 @dataclass(frozen=True)
@@ -74,20 +80,27 @@ class Bench:
     n_threads: int
     batch_invariant: bool
 
-    def total(self, backend: str) -> float:
+    def sum(self, backend: str) -> Seconds:
         """Seconds of all tasks."""
-        return sum(row.seconds[backend] for row in self.rows)
+        found = [row.seconds[backend] for row in self.rows]
+        return Seconds(
+            sum(each.requests for each in found),
+            sum(each.answers for each in found),
+            sum(each.metrics for each in found),
+            sum(each.cpu for each in found),
+        )
 
     @property
     def speedup(self) -> float:
-        """How many times faster than lm-eval's backend."""
-        return self.total(THEIRS) / self.total(OURS)
+        """How many times faster than lm-eval's backend, from documents to scores."""
+        return self.sum(THEIRS).total / self.sum(OURS).total
 
     @property
     def agrees(self) -> bool:
-        """Whether all answers are the same."""
+        """Whether all requests, answers and scores are the same."""
         return all(
-            row.largest_difference <= TOLERANCE and not row.n_other_texts and row.same_metrics for row in self.rows
+            row.same_requests and row.largest_difference <= TOLERANCE and not row.n_other_texts and not row.differences
+            for row in self.rows
         )
 
     @property
@@ -97,71 +110,197 @@ class Bench:
 
     def to_json(self) -> str:
         """All figures."""
-        return json.dumps({**asdict(self), "speedup": self.speedup, "agrees": self.agrees}, indent=1) + "\n"
+        totals = {backend: asdict(self.sum(backend)) for backend in (OURS, THEIRS)}
+        found = {**asdict(self), "seconds": totals, "speedup": self.speedup, "agrees": self.agrees}
+        return json.dumps(found, indent=1) + "\n"
 
 
-class Replay(LM):  # type: ignore[misc]  # lm-eval has no types
-    """A backend that gives lm-eval answers which are known: what is left is building requests and metrics."""
+@dataclass(frozen=True)
+class _Asked:
+    """One task of the command."""
 
-    def __init__(self, answers: Iterator[Sequence[Any]] | None = None) -> None:
-        super().__init__()
-        self.asked: list[tuple[str, list[Instance]]] = []
-        self._answers = answers
-
-    def _answer(self, kind: str, requests: list[Instance]) -> Sequence[Any]:
-        self.asked.append((kind, requests))
-        if self._answers is not None:
-            return next(self._answers)
-        return [""] * len(requests) if kind == "generate_until" else [(0.0, False)] * len(requests)
-
-    def loglikelihood(self, requests: list[Instance]) -> Sequence[Any]:
-        """What was answered."""
-        return self._answer("loglikelihood", requests)
-
-    def loglikelihood_rolling(self, requests: list[Instance]) -> Sequence[Any]:  # noqa: ARG002 - lm-eval's signature
-        """Not timed: no task of the suites uses it.
-
-        Raises:
-            EvalError: always.
-        """
-        raise EvalError("a task that scores whole texts cannot be benchmarked; leave it out of --tasks")
-
-    def generate_until(self, requests: list[Instance]) -> Sequence[Any]:
-        """What was answered."""
-        return self._answer("generate_until", requests)
+    word: str
+    name: str
+    shots: int | None
+    limit: int | None
 
 
 def bench(request: BenchRequest, console: Console) -> Bench:
     """Time both backends.
 
     Raises:
-        EvalError: a task that does not exist or whose data cannot be reached.
+        EvalError: a task that does not exist or whose data cannot be reached, or lines of another benchmark.
         CheckpointError: no checkpoint that can be used.
     """
-    checkpoint = open_checkpoint(request.checkpoint)
-    model = checkpoint.load_model()
-    is_invariant = make_batch_invariant(model)
-    tokenizer = checkpoint.tokenizer()
-    rows = []
+    asked = [_parse(word, request.limit) for word in request.tasks.split(",")]
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        theirs = _hf_backend(checkpoint, Path(folder), request.batch_size)
-        for word in request.tasks.split(","):
-            name, shots, limit = _parse(word, request.limit)
-            with quiet_bars():
-                plan = plan_task(name, request.data_dir, Path(folder) / "cache")
-                loaded = load_task(plan, shots, check_counts=False)  # seconds are told, and no score
-            _limit_new_tokens(loaded, request.max_new_tokens)
-
-            def ours() -> MegaGPTLM:
-                max_seq_len = checkpoint.model_config.max_seq_len
-                return MegaGPTLM(model, tokenizer, max_seq_len=max_seq_len, batch_size=request.batch_size)
-
-            with console.status(name):
-                rows.append(_bench_task(loaded, ours, theirs, request.rounds, limit))
-    return Bench(rows, torch.get_num_threads(), is_invariant)
+        run = _Run(request, Path(folder), console)
+        rows = [run.row(task) for task in asked]
+    return Bench(rows, torch.get_num_threads(), run.is_invariant)
 
 
-def _parse(word: str, limit: int | None) -> tuple[str, int | None, int | None]:
+class _Run:
+    """Both backends over one checkpoint."""
+
+    def __init__(self, request: BenchRequest, folder: Path, console: Console) -> None:
+        self._request, self._folder, self._console = request, folder, console
+        self._checkpoint = open_checkpoint(request.checkpoint)
+        self._model = self._checkpoint.load_model()
+        self.is_invariant = make_batch_invariant(self._model)
+        self._tokenizer = self._checkpoint.tokenizer()
+        self._theirs = _hf_backend(self._checkpoint, folder, request.batch_size)
+        self._known = [] if request.lines is None else self._read(request.lines)
+
+    def row(self, asked: _Asked) -> BenchRow:
+        """One task: every backend in every round, by turns."""
+        with quiet_bars():
+            plan = plan_task(asked.name, self._request.data_dir, self._folder / "cache")
+        found = [
+            self._measured(asked, plan, backend, number)
+            for number in range(self._request.rounds)
+            for backend in (OURS, THEIRS)
+        ]
+        return make_row(asked.name, found)
+
+    def _measured(self, asked: _Asked, plan: TaskPlan, backend: str, number: int) -> Measurement:
+        """Measured now, or by a benchmark that was ended."""
+        data = plan.data.sha256 or plan.data.path_or_id
+        for known in self._known:
+            if (known.asked, known.data, known.backend, known.round) == (asked.word, data, backend, number):
+                self._tell(asked.name, known, "known: ")
+                return known
+        with quiet_bars():  # tasks of its own: their samplers start with the same seed
+            loaded = load_task(plan, asked.shots, check_counts=False)  # seconds are told, and no score
+        _limit_new_tokens(loaded, self._request.max_new_tokens)
+        with self._showing(f"{asked.name}: {backend}", backend) as on_progress:
+            lm = self._ours(on_progress) if backend == OURS else self._theirs
+            around = kept_templates if backend == OURS else nullcontext
+            show_bar = backend == THEIRS and self._console.is_terminal
+            timed, seconds, scores = evaluate_timed(lm, loaded, asked.limit, around, show_bar=show_bar)
+        measured = Measurement(
+            asked=asked.word,
+            data=data,
+            backend=backend,
+            round=number,
+            seconds=seconds,
+            n_requests=timed.n_requests,
+            requests=timed.requests,
+            answers=timed.answers,
+            scores=json.loads(json.dumps(scores)),
+            tokens_computed=lm.tokens_computed if isinstance(lm, MegaGPTLM) else 0,
+            tokens_naive=lm.tokens_naive + _n_generation_tokens(lm, loaded) if isinstance(lm, MegaGPTLM) else 0,
+        )
+        if self._request.lines is not None:
+            append_line(self._request.lines, measured.to_json())
+        self._tell(asked.name, measured)
+        return measured
+
+    def _ours(self, on_progress: Callable[[int, int], None]) -> MegaGPTLM:
+        """A new one each time: its counts are this measurement's."""
+        return MegaGPTLM(
+            self._model,
+            self._tokenizer,
+            max_seq_len=self._checkpoint.model_config.max_seq_len,
+            batch_size=self._request.batch_size,
+            on_progress=on_progress,
+        )
+
+    @contextmanager
+    def _showing(self, title: str, backend: str) -> Iterator[Callable[[int, int], None]]:
+        """A line that moves; lm-eval's backend shows a bar of its own."""
+        if backend == THEIRS:
+            yield lambda _done, _total: None
+            return
+        with self._console.status(title) as status:
+            yield lambda done, total: status.update(f"{title}: {done:,} of {total:,}")
+
+    def _tell(self, name: str, found: Measurement, known: str = "") -> None:
+        each = found.seconds
+        self._console.print(
+            f"{name}: {known}{found.backend}: {found.n_requests:,} requests built in {each.requests:.1f} s, "
+            f"answered in {each.answers:.1f} s, scored in {each.metrics:.1f} s",
+            highlight=False,
+            markup=False,
+        )
+
+    def _settings(self) -> dict[str, Any]:
+        """What decides the seconds and answers of every task."""
+        return {
+            "checkpoint": self._checkpoint.hash,
+            "batch_size": self._request.batch_size,
+            "max_new_tokens": self._request.max_new_tokens,
+            "n_threads": torch.get_num_threads(),
+            "batch_invariant": self.is_invariant,
+            "transformers": metadata.version("transformers"),
+            "code": code_version(),
+        }
+
+    def _read(self, path: Path) -> list[Measurement]:
+        """What an earlier benchmark of the same left; a new file gets its first line.
+
+        Raises:
+            EvalError: the file is of something else.
+        """
+        rows = read_lines(path)
+        settings = self._settings()
+        if not rows:
+            append_line(path, {"settings": settings})
+            return []
+        before = rows[0].get("settings")
+        if not isinstance(before, dict) or not all("measurement" in row for row in rows[1:]):
+            raise EvalError(f"{path}: not the lines of `megagpt bench evals`; name another file with --lines")
+        for key, value in settings.items():
+            if before.get(key) != value:
+                raise EvalError(
+                    f"{path}: measured with {key} {before.get(key)}, now it is {value}; name another file with "
+                    "--lines, or delete this one"
+                )
+        return [Measurement.from_json(row) for row in rows[1:]]
+
+
+def make_row(task: str, found: Sequence[Measurement]) -> BenchRow:
+    """All rounds of both backends of one task."""
+    ours, theirs = (_fastest(found, backend) for backend in (OURS, THEIRS))
+    largest, n_other_texts = 0.0, 0
+    for mine, others in zip(ours.answers, theirs.answers, strict=True):
+        for answer, other in zip(mine, others, strict=True):
+            if isinstance(other, str):
+                n_other_texts += answer != other
+            else:
+                largest = max(largest, abs(answer[0] - other[0]))
+    return BenchRow(
+        task=task,
+        n_requests=ours.n_requests,
+        seconds={OURS: ours.seconds, THEIRS: theirs.seconds},
+        tokens_computed=ours.tokens_computed,
+        tokens_naive=ours.tokens_naive,
+        largest_difference=largest,
+        n_other_texts=n_other_texts,
+        differences=list(_differences(ours.scores, theirs.scores)),
+        same_requests=all(each.requests == ours.requests for each in found),
+    )
+
+
+def _fastest(found: Sequence[Measurement], backend: str) -> Measurement:
+    return min((each for each in found if each.backend == backend), key=lambda each: each.seconds.total)
+
+
+def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> Iterator[str]:
+    """Metrics that differ by more than the rounding of log-likelihoods makes them; one document is far more."""
+    for task in sorted({*ours, *theirs}):
+        mine, others = ours.get(task, {}), theirs.get(task, {})
+        for key in sorted({*mine, *others}):
+            if not _same(mine.get(key), others.get(key)):
+                yield f"{task} {key}: {mine.get(key)} and {others.get(key)}"
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=METRIC_TOLERANCE) or (math.isnan(one) and math.isnan(other))
+    return bool(one == other)
+
+
+def _parse(word: str, limit: int | None) -> _Asked:
     """Task, shots, limit.
 
     Raises:
@@ -171,70 +310,8 @@ def _parse(word: str, limit: int | None) -> tuple[str, int | None, int | None]:
     if not name or len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
         raise EvalError(f"--tasks: {word!r} is not TASK, TASK:SHOTS or TASK:SHOTS:LIMIT")
     given = [int(number) for number in numbers]
-    return name, given[0] if given else None, given[1] if len(given) == 2 else limit
-
-
-def _bench_task(
-    loaded: LoadedTask, ours: Callable[[], MegaGPTLM], theirs: LM, rounds: int, limit: int | None
-) -> BenchRow:
-    recorded = Replay()
-    _evaluate(recorded, loaded, limit)
-    answers: dict[str, list[Sequence[Any]]] = {}
-    seconds = {OURS: float("inf"), THEIRS: float("inf")}
-    for _ in range(rounds):
-        lm = ours()  # a new one each time: its counts are this round's
-        for backend, answering in ((OURS, lm), (THEIRS, theirs)):
-            started = time.perf_counter()
-            answers[backend] = [_ask(answering, kind, requests) for kind, requests in recorded.asked]
-            seconds[backend] = min(seconds[backend], time.perf_counter() - started)
-    largest, n_other_texts = 0.0, 0
-    for mine, others in zip(answers[OURS], answers[THEIRS], strict=True):
-        for answer, other in zip(mine, others, strict=True):
-            if isinstance(other, str):
-                n_other_texts += answer != other
-            else:
-                largest = max(largest, abs(answer[0] - other[0]))
-    scores = [_evaluate(Replay(iter(answers[backend])), loaded, limit) for backend in (OURS, THEIRS)]
-    return BenchRow(
-        task=loaded.name,
-        n_requests=sum(len(requests) for _, requests in recorded.asked),
-        seconds=seconds,
-        tokens_computed=lm.tokens_computed,
-        tokens_naive=lm.tokens_naive,
-        largest_difference=largest,
-        n_other_texts=n_other_texts,
-        same_metrics=_same(*scores),
-    )
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Equal but for rounding: means of probabilities carry that of the log-likelihoods; one document is far more."""
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
-    if isinstance(one, float):
-        return math.isclose(one, other, rel_tol=METRIC_TOLERANCE) or (math.isnan(one) and math.isnan(other))
-    return bool(one == other)
-
-
-def _ask(lm: LM, kind: str, requests: list[Instance]) -> Sequence[Any]:
-    found: Sequence[Any] = getattr(lm, kind)(requests, disable_tqdm=True)
-    return found
-
-
-def _evaluate(lm: LM, loaded: LoadedTask, limit: int | None) -> dict[str, Any]:
-    """lm-eval's results. A task that has its requests keeps them: building them takes longer than answering them."""
-    for task in loaded.tasks.values():
-        before = getattr(task, "_instances", None)  # lm-eval sets it when it builds them
-        if before is not None:
-            task.build_all_requests = lambda **_: None
-        for instance in before or ():
-            instance.resps, instance.filtered_resps = [], {}
-    with quiet_bars():
-        found = lm_eval.evaluator.evaluate(
-            lm, {"tasks": loaded.tasks, "groups": loaded.groups}, limit=limit, bootstrap_iters=0, log_samples=False
-        )
-    results: dict[str, Any] = found["results"]
-    return results
+    shots, limit = given[0] if given else None, given[1] if len(given) == 2 else limit
+    return _Asked(f"{name}:{shots}:{limit}", name, shots, limit)
 
 
 def _limit_new_tokens(loaded: LoadedTask, max_new_tokens: int) -> None:
@@ -242,6 +319,17 @@ def _limit_new_tokens(loaded: LoadedTask, max_new_tokens: int) -> None:
         if task.OUTPUT_TYPE == "generate_until":
             arguments = {**(task.get_config("generation_kwargs") or {}), "max_gen_toks": max_new_tokens}
             task.set_config("generation_kwargs", arguments)
+
+
+def _n_generation_tokens(lm: MegaGPTLM, loaded: LoadedTask) -> int:
+    """Of prompts, as far as they fit, and of the texts that were written."""
+    n = 0
+    for request in (request for task in loaded.tasks.values() for request in task.instances):
+        if request.request_type == "generate_until":
+            prompt, arguments = request.args
+            n += min(len(lm.tok_encode(prompt)), lm.room_for_prompt(request, arguments))
+            n += sum(len(lm.tok_encode(text)) for text in request.resps)
+    return n
 
 
 def _hf_backend(checkpoint: Checkpoint, folder: Path, batch_size: int) -> LM:
@@ -265,38 +353,3 @@ def _hf_backend(checkpoint: Checkpoint, folder: Path, batch_size: int) -> LM:
         max_length=checkpoint.model_config.max_seq_len,
         device="cpu",
     )
-
-
-def show(found: Bench, console: Console) -> None:
-    """One row a task, and the sum."""
-    table = Table(title=f"seconds to answer, fp32, {found.n_threads} threads", title_justify="left")
-    for column in (
-        "task",
-        "requests",
-        OURS,
-        THEIRS,
-        "times faster",
-        "tokens run",
-        "naive",
-        "largest difference",
-        "same",
-    ):
-        table.add_column(column, justify="left" if column in ("task", "same") else "right")
-    for row in found.rows:
-        same = "yes" if row.same_metrics and not row.n_other_texts else f"NO ({row.n_other_texts} texts)"
-        ours, theirs = row.seconds[OURS], row.seconds[THEIRS]
-        table.add_row(
-            row.task,
-            f"{row.n_requests:,}",
-            f"{ours:.2f}",
-            f"{theirs:.2f}",
-            f"{theirs / ours:.1f}",
-            f"{row.tokens_computed:,}",
-            f"{row.tokens_naive:,}",
-            f"{row.largest_difference:.1e}",
-            same,
-        )
-    table.add_section()
-    table.add_row("all", "", f"{found.total(OURS):.2f}", f"{found.total(THEIRS):.2f}", f"{found.speedup:.1f}")
-    console.print(table)
-    console.print("the same bit for bit at any batch size: " + ("yes" if found.batch_invariant else "no"))

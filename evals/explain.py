@@ -14,6 +14,7 @@ from rich.table import Table
 
 from evals.backend import MegaGPTLM
 from evals.encoding import encode_pairs
+from evals.prompts import kept_templates
 from evals.run import EvalRequest, Evaluation
 from evals.scoring import quiet_bars
 from evals.task_loader import load_task, plan_task
@@ -85,7 +86,7 @@ def explain(request: EvalRequest, task_name: str, doc_id: int) -> Explanation:
         EvalError: no such task or document, or a task that cannot be explained.
     """
     evaluation = Evaluation(request, open_checkpoint(request.checkpoint))
-    with quiet_bars():
+    with quiet_bars(), kept_templates():
         plan = plan_task(task_name, request.data_dir, evaluation.cache_dir)
         loaded = load_task(plan, request.n_shots, check_counts=False)  # a document, not a score
         if list(loaded.tasks) != [task_name]:

@@ -18,6 +18,9 @@ CACHE_BYTES = 1 << 30
 SHORT = 64
 """Tokens: of rows that are shorter, more than `batch_size` run together, until they are as many as if they had it."""
 
+CPU_TOKENS = 1024
+"""Tokens a thread of one forward on a CPU, where rows are many: more, and activations do not stay in its cache."""
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -87,6 +90,7 @@ class PlanRunner:
         sizes = model.sizes
         self._slot_bytes = 2 * sizes.n_layer * sizes.n_kv_head * sizes.d_head * 4
         self._cache_bytes = self._level_bytes = cache_bytes
+        self._most_tokens = CPU_TOKENS * torch.get_num_threads() if model.device.type == "cpu" else math.inf
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> None:
@@ -121,7 +125,10 @@ class PlanRunner:
             end, longest = start, 0
             while end < len(nodes) and end - start < most:
                 longest = max(longest, len(nodes[end][0].tokens))
-                if end - start >= self.batch_size and (end - start + 1) * longest > SHORT * self.batch_size:
+                n_rows = end - start + 1
+                if n_rows > self.batch_size and n_rows * longest > SHORT * self.batch_size:
+                    break
+                if n_rows > 1 and n_rows * longest > self._most_tokens:
                     break
                 end += 1
             yield nodes[start:end]

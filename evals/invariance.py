@@ -18,8 +18,9 @@ LENGTHS = (1, 3, 40, 150)
 def make_batch_invariant(model: Model) -> bool:
     """Switch a model to row-invariant arithmetic, if that holds here.
 
-    A few random rows are scored together, and each by itself in two parts; the scores must be equal bit for bit. Where
-    they are not (another library of matrix products, a GPU), the model is left as fast as it was.
+    A few random rows are scored together, and each by itself, in two parts and at its end alone; the scores must be
+    equal bit for bit. Where they are not (another library of matrix products, a GPU), the model is left as fast as it
+    was.
 
     Args:
         model: in fp32; on its device.
@@ -31,8 +32,10 @@ def make_batch_invariant(model: Model) -> bool:
     rows = _random_rows(model)
     with torch.inference_mode():
         together = _score_together(model, rows)
-        single = [_score_in_two(model, row) for row in rows]
-    if torch.equal(together, torch.cat(single)):
+        single = torch.cat([_score_in_two(model, row) for row in rows])
+        ends = _score_together(model, rows, n_scored=1)
+    last = torch.tensor([len(row) - 1 for row in rows], device=model.device).cumsum(0) - 1
+    if torch.equal(together, single) and torch.equal(together[last], ends):
         return True
     model.packing = FAST
     return False
@@ -58,8 +61,8 @@ def _random_rows(model: Model) -> list[list[int]]:
     return [torch.randint(model.sizes.vocab_size, (n + 1,), generator=generator).tolist() for n in lengths]
 
 
-def _score_together(model: Model, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-    return _score(model, rows, model.new_cache(len(rows), max(len(row) - 1 for row in rows)))
+def _score_together(model: Model, rows: Sequence[Sequence[int]], n_scored: int | None = None) -> torch.Tensor:
+    return _score(model, rows, model.new_cache(len(rows), max(len(row) - 1 for row in rows)), n_scored)
 
 
 def _score_in_two(model: Model, row: Sequence[int]) -> torch.Tensor:
@@ -70,13 +73,16 @@ def _score_in_two(model: Model, row: Sequence[int]) -> torch.Tensor:
     return torch.cat((first, _score(model, [row[cut:]], cache.expanded([0], n) if cut else model.new_cache(1, n))))
 
 
-def _score(model: Model, rows: Sequence[Sequence[int]], cache: KVCache) -> torch.Tensor:
-    """Log-probability of every token of each row but the first, row after row."""
+def _score(model: Model, rows: Sequence[Sequence[int]], cache: KVCache, n_scored: int | None = None) -> torch.Tensor:
+    """Log-probability of the last tokens of each row, by default of all but the first; row after row."""
     lengths = [len(row) - 1 for row in rows]
     width = max(lengths)
     tokens = torch.tensor([[*row[:-1], *[0] * (width - n)] for row, n in zip(rows, lengths, strict=True)])
-    wanted = [row * width + i for row, n in enumerate(lengths) for i in range(n)]
-    targets = [token for row in rows for token in row[1:]]
+    firsts = [0 if n_scored is None else n - n_scored for n in lengths]
+    wanted = [
+        row * width + i for row, (first, n) in enumerate(zip(firsts, lengths, strict=True)) for i in range(first, n)
+    ]
+    targets = [token for row, first in zip(rows, firsts, strict=True) for token in row[first + 1 :]]
     device = model.device
     found, _ = model.score(
         tokens.to(device),

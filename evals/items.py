@@ -17,6 +17,7 @@ from typing import Any
 from lm_eval.api.task import Task
 
 from evals.humaneval import HUMANEVAL, item_rows
+from evals.prompts import kept_templates
 from evals.scoring import quiet_bars
 from evals.suites import resolve_tasks
 from evals.task_loader import DataOrigin, TaskUnavailableError, load_task, plan_task
@@ -65,7 +66,7 @@ def collect_items(names: tuple[str, ...], data_dir: Path | None, suites_dir: Pat
     data: dict[str, str] = {}
     leaves: dict[str, list[str]] = {}
     problems = []
-    with tempfile.TemporaryDirectory() as cache_dir, quiet_bars():
+    with tempfile.TemporaryDirectory() as cache_dir, quiet_bars(), kept_templates():
         for name in tasks:
             try:
                 rows, origin = _rows_of(name, data_dir, Path(cache_dir))

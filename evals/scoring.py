@@ -13,6 +13,7 @@ import lm_eval.api.task
 from lm_eval.evaluator import evaluate
 
 from evals.backend import MegaGPTLM
+from evals.prompts import kept_templates
 from evals.results import Metric, make_metric
 from evals.sample_files import PROMPT_END_CHARACTERS
 from evals.task_loader import LoadedTask
@@ -48,7 +49,7 @@ def score_task(
         limit: score only the first documents of each task; None for all.
         bootstrap: iterations, for metrics that need it; 0 leaves their standard error out.
     """
-    with quiet_bars():
+    with quiet_bars(), kept_templates():
         found = evaluate(
             lm,
             {"tasks": loaded.tasks, "groups": loaded.groups},

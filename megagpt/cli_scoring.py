@@ -55,6 +55,7 @@ def eval_explain(task: str, doc: int, as_json: bool, **options: Any) -> None:  #
     **examples(
         "megagpt bench evals --checkpoint runs/quickstart --data eval_data --limit 100",
         "megagpt bench evals --checkpoint runs/quickstart --data eval_data --tasks mmlu:5,gsm8k:5:50 --json evals.json",
+        "megagpt bench evals --checkpoint runs/quickstart --data eval_data --lines evals.jsonl",
     ),
 )
 @click.option("--checkpoint", type=PATH, required=True, help="A run (its newest checkpoint), or one step's folder.")
@@ -71,22 +72,29 @@ def eval_explain(task: str, doc: int, as_json: bool, **options: Any) -> None:  #
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Sequences a forward.")
 @click.option("--rounds", type=click.IntRange(min=1), default=1, show_default=True, help="Turns of each backend.")
+@click.option(
+    "--lines",
+    type=PATH,
+    help="Keep each task's measurement there at once; the same command goes on where it was ended.",
+)
 @click.option("--json", "json_file", type=PATH, help="Write the figures there as well.")
 def bench_evals(json_file: Path | None, **options: Any) -> None:
-    """Seconds to answer a suite's requests with our backend and with lm-eval's Hugging Face backend.
+    """Seconds that a suite takes with our backend and with lm-eval's Hugging Face backend.
 
-    The checkpoint's weights in fp32 on the CPU, both from the same requests, by turns in one process; lm-eval's model
-    is the exported one. Building requests and computing metrics is lm-eval's own work and not timed. Answers are
-    compared: exit code 1 where a log-likelihood differs by more than 1e-4, a metric or a text differs at all, or our
-    backend is not three times as fast over all tasks.
+    The checkpoint's weights in fp32 on the CPU, lm-eval's model being the exported one; both by turns in one process,
+    with the same threads, each as lm-eval evaluates: building the requests of tasks that are loaded anew, answering,
+    scoring. Without --limit that is the whole suite, and lm-eval's part of it can take an hour. Requests, answers and
+    scores are compared: exit code 1 where a request is not the same to the byte, a log-likelihood differs by more than
+    1e-4, a metric or a text differs, or ours is not three times as fast over all tasks and parts.
     """
     from rich.console import Console
 
-    from evals.bench import BenchRequest, bench, show
+    from evals.bench import BenchRequest, bench
+    from evals.bench_show import show
 
     console = Console()
     if not console.is_terminal:  # a log file has no width
-        console.width = 140
+        console.width = 160
     found = bench(BenchRequest(**options), console)
     show(found, console)
     if json_file is not None:

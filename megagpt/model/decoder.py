@@ -16,7 +16,7 @@ from megagpt.model.context import Context, Contexts, packed_rows, whole_rows
 from megagpt.model.layers import AttentionCore, Block, Embedding, KVCache
 from megagpt.model.layout import Shard
 from megagpt.model.loss import next_token_nll
-from megagpt.model.packed import FAST, PackedStep, Packing
+from megagpt.model.packed import FAST, PackedStep, Packing, kept_for
 from megagpt.model.rotary import Rotary
 from megagpt.model.scoring import score_targets
 
@@ -147,16 +147,17 @@ class Decoder(nn.Module):
         Returns:
             Logits (B, V) of the token that follows each row's last new one.
         """
-        step = PackedStep(tokens, cache, n_new, self.packing)
-        last = self._run(step)[0, step.last()]
+        step = PackedStep(tokens, cache, n_new, self.packing, [1] * len(tokens))
+        last = self._run(step)[0, step.kept.last()]
         return self.head(self.packing.fill(last))[: len(last)]
 
     def score(
         self, tokens: Tensor, cache: KVCache, n_new: Sequence[int], wanted: Tensor, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
         """As `ScoringModel.score`."""
-        step = PackedStep(tokens, cache, n_new, self.packing)
-        found = step.find(wanted, tokens.shape[1])
+        width = tokens.shape[1]
+        step = PackedStep(tokens, cache, n_new, self.packing, kept_for(wanted, n_new, width))
+        found = step.kept.find(wanted, width)
         hidden = self._run(step)[0]
         return score_targets(self.head, hidden, found, targets, n_logits=self.sizes.vocab_size, packing=self.packing)
 

@@ -87,7 +87,13 @@ class Step(Protocol):
         """Position of each new token, shaped as the tokens are."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store the new keys and values (B, T, K, D); queries (B, T, H, D) over all that is stored -> (B, T, H * D)."""
+        """Store the new keys and values (B, T, K, D); queries (B, T, H, D) over all that is stored -> (B, T, H * D).
+
+        In a layer that goes on with fewer tokens, the answer is of those.
+        """
+
+    def going_on(self, x: Tensor, layer: int) -> Tensor:
+        """(B, T, ...) into this layer's attention -> of the tokens that come out of it; all but in the last layer."""
 
 
 class AttentionCore(nn.Module):
@@ -144,7 +150,8 @@ class Block(nn.Module):
 
     def decode(self, x: Tensor, step: Step, layer: int) -> Tensor:
         """As `forward`, for new tokens behind those in the cache."""
-        x = x + self.attention.decode(self.attention_norm(x), step, layer)
+        attended = self.attention.decode(self.attention_norm(x), step, layer)
+        x = step.going_on(x, layer) + attended
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ GRAIN = 32768
 SCORE_BYTES = 4 << 20
 """Memory of one piece of attention weights, in fp32, where a piece has more than one row: it should stay in a cache."""
 
-Look = Callable[[Tensor, Tensor, Tensor, "PackedStep"], Tensor]
+Look = Callable[[Tensor, Tensor, Tensor, "PackedRows"], Tensor]
 """(B, T, H, D) queries over (B, S, K, D) keys and values -> (B, T, H * D)."""
 
 
@@ -63,36 +63,39 @@ class Packing:
         return F.pad(x, (0, 0) * (x.ndim - 1) + (0, self.filled(len(x)) - len(x)))
 
 
-class PackedStep:
-    """As `Step`: x is (1, M, C), the new tokens of row 0, of row 1, ..., then padding that nobody looks at."""
+class PackedRows:
+    """Where some tokens of several rows stand: end to end in (1, M, ...), or each row in a line of (B, T, ...)."""
 
-    def __init__(self, tokens: Tensor, cache: KVCache, n_new: Sequence[int], packing: Packing) -> None:
-        """Make room in the cache for the first `n_new[b]` tokens of each row b of (B, T) `tokens`.
+    def __init__(
+        self, starts: Sequence[int], n_tokens: Sequence[int], skipped: Sequence[int], packing: Packing, device: Any
+    ) -> None:
+        """Lay them out.
 
-        Raises:
-            ValueError: they do not fit.
+        Args:
+            starts: position in its row of each row's first token.
+            n_tokens: of each row.
+            skipped: how many new tokens of each row stand before them.
+            packing: how they are filled up.
+            device: where they are.
         """
-        self.starts = list(cache.lengths)
-        self.ends = [start + new for start, new in zip(self.starts, n_new, strict=True)]
-        if max(self.ends) > cache.n_slots:
-            raise ValueError(f"key-value cache of {cache.n_slots} tokens cannot take {max(self.ends)}; make it longer")
-        cache.lengths = list(self.ends)
-        self.cache, self.packing, self.device = cache, packing, tokens.device
-        counts = torch.tensor(n_new)
+        self.starts = list(starts)
+        self.ends = [start + n for start, n in zip(starts, n_tokens, strict=True)]
+        self.device = device
+        counts = torch.tensor(n_tokens)
         self.width = int(counts.max())
         self.n_tokens = int(counts.sum())
         self.n_packed = packing.filled(self.n_tokens)
-        rows = torch.repeat_interleave(torch.arange(len(n_new)), counts)
+        rows = torch.repeat_interleave(torch.arange(len(n_tokens)), counts)
         columns = torch.arange(self.n_tokens) - (counts.cumsum(0) - counts)[rows]
-        self.rows, self.columns = rows.to(self.device), columns.to(self.device)
-        self.slots = (columns + torch.tensor(self.starts)[rows]).to(self.device)
-        self.positions = F.pad(self.slots, (0, self.n_packed - self.n_tokens))[None]  # (1, M)
-        self.tokens = F.pad(tokens[self.rows, self.columns], (0, self.n_packed - self.n_tokens))[None]  # (1, M)
+        self.rows, self.columns = rows.to(device), columns.to(device)
+        self.slots = (columns + torch.tensor(self.starts)[rows]).to(device)
+        self.new_columns = (columns + torch.tensor(list(skipped))[rows]).to(device)
+        """Column of each token in the block of new tokens."""
 
     def find(self, wanted: Tensor, width: int) -> Tensor:
-        """Positions in the flattened (B * T) block of tokens -> indices of the packed tokens."""
+        """Positions in the flattened (B * T) block of new tokens -> indices of the packed tokens."""
         where = torch.full((len(self.starts) * width,), -1, device=self.device)
-        where[self.rows * width + self.columns] = torch.arange(self.n_tokens, device=self.device)
+        where[self.rows * width + self.new_columns] = torch.arange(self.n_tokens, device=self.device)
         return where[wanted]
 
     def last(self) -> Tensor:
@@ -100,22 +103,17 @@ class PackedStep:
         counts = torch.tensor(self.ends) - torch.tensor(self.starts)
         return (counts.cumsum(0) - 1).to(self.device)
 
+    def packed(self, block: Tensor) -> Tensor:
+        """(B, T, C) -> (1, M, C), zero behind the tokens."""
+        packed = block.new_zeros(1, self.n_packed, block.shape[-1])
+        packed[0, : self.n_tokens] = block[self.rows, self.columns]
+        return packed
+
     def unpacked(self, x: Tensor, width: int) -> Tensor:
-        """(1, M, ...) -> (B, width, ...), zero where a row has no new token."""
+        """(1, M, ...) -> (B, width, ...), zero where a row has no token."""
         block = x.new_zeros(len(self.starts), width, *x.shape[2:])
         block[self.rows, self.columns] = x[0, : self.n_tokens]
         return block
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """As `Step.attend`, with (1, M, ...) tensors."""
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[self.rows, self.slots] = k[0, : self.n_tokens]
-        values[self.rows, self.slots] = v[0, : self.n_tokens]
-        width = -(-self.width // QUERY_MULTIPLE) * QUERY_MULTIPLE
-        attended = self.packing.look(self.unpacked(q, width), keys, values, self)  # (B, T, H * D)
-        packed = attended.new_zeros(1, self.n_packed, attended.shape[-1])
-        packed[0, : self.n_tokens] = attended[self.rows, self.columns]
-        return packed
 
     def visible(self, rows: slice, first: int, n: int, keys: range) -> Tensor:
         """(b, 1, n, len(keys)) bool: where query `first + i` of these rows may look."""
@@ -124,7 +122,82 @@ class PackedStep:
         return torch.arange(keys.start, keys.stop, device=self.device) <= positions[:, None, :, None]
 
 
-def _look_fast(q: Tensor, keys: Tensor, values: Tensor, step: PackedStep) -> Tensor:
+class PackedStep(PackedRows):
+    """As `Step`: x is (1, M, C), the new tokens of row 0, of row 1, ..., then padding that nobody looks at.
+
+    The last block may go on with fewer tokens than it gets: all of them leave their keys and values in the cache, but
+    nothing looks at what it makes of a token that no prediction is wanted behind.
+    """
+
+    def __init__(
+        self,
+        tokens: Tensor,
+        cache: KVCache,
+        n_new: Sequence[int],
+        packing: Packing,
+        n_kept: Sequence[int] | None = None,
+    ) -> None:
+        """Make room in the cache for the first `n_new[b]` tokens of each row b of (B, T) `tokens`.
+
+        Args:
+            tokens: the block.
+            cache: what it stands behind.
+            n_new: tokens of each row.
+            packing: how they run.
+            n_kept: of each row, how many of its last new tokens come out of the cache's last layer; None for all.
+
+        Raises:
+            ValueError: they do not fit.
+        """
+        super().__init__(cache.lengths, n_new, [0] * len(n_new), packing, tokens.device)
+        if max(self.ends) > cache.n_slots:
+            raise ValueError(f"key-value cache of {cache.n_slots} tokens cannot take {max(self.ends)}; make it longer")
+        cache.lengths = list(self.ends)
+        self.cache, self.packing = cache, packing
+        self.positions = F.pad(self.slots, (0, self.n_packed - self.n_tokens))[None]  # (1, M)
+        self.tokens = F.pad(tokens[self.rows, self.columns], (0, self.n_packed - self.n_tokens))[None]  # (1, M)
+        self.kept: PackedRows = self
+        """The tokens that come out of the cache's last layer."""
+        self._last_layer = len(cache.keys) - 1
+        if n_kept is not None and packing.filled(max(1, sum(n_kept))) < self.n_packed:
+            n_kept = n_kept if any(n_kept) else [int(row == 0) for row in range(len(n_new))]
+            starts = [end - kept for end, kept in zip(self.ends, n_kept, strict=True)]
+            skipped = [new - kept for new, kept in zip(n_new, n_kept, strict=True)]
+            self.kept = PackedRows(starts, n_kept, skipped, packing, tokens.device)
+
+    def going_on(self, x: Tensor, layer: int) -> Tensor:
+        """As `Step.going_on`."""
+        if layer != self._last_layer or self.kept is self:
+            return x
+        kept = self.kept
+        index = self.find(kept.rows * self.width + kept.new_columns, self.width)
+        return self.packing.fill(x[0, index])[None]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """As `Step.attend`, with (1, M, ...) tensors."""
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys[self.rows, self.slots] = k[0, : self.n_tokens]
+        values[self.rows, self.slots] = v[0, : self.n_tokens]
+        asking = self.kept if layer == self._last_layer else self
+        width = -(-asking.width // QUERY_MULTIPLE) * QUERY_MULTIPLE
+        block = asking.unpacked(self.going_on(q, layer), width)
+        return asking.packed(self.packing.look(block, keys, values, asking))
+
+
+def kept_for(wanted: Tensor, n_new: Sequence[int], width: int) -> list[int]:
+    """How many of each row's last new tokens there are from the first wanted one on.
+
+    Args:
+        wanted: (N,) positions in the flattened (B * width) block of new tokens.
+        n_new: tokens of each row.
+        width: of the block.
+    """
+    first = torch.tensor(n_new, device=wanted.device)
+    first = first.scatter_reduce(0, wanted // width, wanted % width, reduce="amin")
+    return [new - skipped for new, skipped in zip(n_new, first.tolist(), strict=True)]
+
+
+def _look_fast(q: Tensor, keys: Tensor, values: Tensor, step: PackedRows) -> Tensor:
     end = max(step.ends)
     heads_first = (q.transpose(1, 2), keys[:, :end].transpose(1, 2), values[:, :end].transpose(1, 2))
     visible = step.visible(slice(None), 0, q.shape[1], range(end))
@@ -133,7 +206,7 @@ def _look_fast(q: Tensor, keys: Tensor, values: Tensor, step: PackedStep) -> Ten
     return attended.transpose(1, 2).flatten(2)
 
 
-def _look_invariant(q: Tensor, keys: Tensor, values: Tensor, step: PackedStep) -> Tensor:
+def _look_invariant(q: Tensor, keys: Tensor, values: Tensor, step: PackedRows) -> Tensor:
     """In pieces of rows and queries, of bounded memory; each sees the keys up to its own last one's block."""
     B, T, H, D = q.shape
     attended = q.new_empty(B, T, H * D)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megagpt.model.decoder import HEAD, Decoder, Elsewhere
 from megagpt.model.layers import Block, KVCache
-from megagpt.model.packed import PackedStep, Packing
+from megagpt.model.packed import PackedStep, Packing, kept_for
 from megagpt.model.scoring import score_logits, score_targets
 from megagpt.parallel.collectives import gather
 from megagpt.parallel.cross_entropy import vocab_parallel_scores
@@ -54,6 +54,9 @@ class ParallelDecoder(nn.Module):
         own = sorted({mesh.pipeline_rank, self._n_parts - 1 - mesh.pipeline_rank} if stages else {mesh.pipeline_rank})
         self.legs = [self._leg(part, None if stages is None else stages[part]) for part in own]
         self.head_rank = self._rank_of(self._n_parts - 1)
+        last = self.legs[-1]
+        self._ends_here = last.target is None and bool(last.blocks)
+        """The last of this process's blocks is the last of the model."""
 
     @property
     def device(self) -> torch.device:
@@ -78,12 +81,12 @@ class ParallelDecoder(nn.Module):
 
     def decode(self, tokens: Tensor, cache: KVCache, n_new: Sequence[int]) -> Tensor:
         """As `Decoder.decode`: logits (B, V) of what follows each row's last new token, on every process."""
-        step = PackedStep(tokens, cache, n_new, self.packing)
+        step = PackedStep(tokens, cache, n_new, self.packing, [1] * len(tokens) if self._ends_here else None)
         hidden = self._hidden(step)
         if hidden is None:
             logits = self.weight.new_empty(len(tokens), self.sizes.vocab_size)
         else:
-            last = hidden[0, step.last()]
+            last = hidden[0, step.kept.last()]
             logits = self._whole(self._head(self.packing.fill(last))[: len(last)])
         return self._from_head(logits)
 
@@ -91,12 +94,14 @@ class ParallelDecoder(nn.Module):
         self, tokens: Tensor, cache: KVCache, n_new: Sequence[int], wanted: Tensor, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
         """As `megagpt.model.scoring.ScoringModel.score`; no logit leaves the process that computes it."""
-        step = PackedStep(tokens, cache, n_new, self.packing)
+        width = tokens.shape[1]
+        kept = kept_for(wanted, n_new, width) if self._ends_here else None
+        step = PackedStep(tokens, cache, n_new, self.packing, kept)
         hidden = self._hidden(step)
         if hidden is None:
             found = torch.empty(2, len(targets), dtype=torch.float32, device=self.device)
         else:
-            at = step.find(wanted, tokens.shape[1])
+            at = step.kept.find(wanted, width)
             shard = self.share.shards.get(HEAD)
             n_logits = self.sizes.vocab_size if shard is None else shard.local_size
             values, greedy = score_targets(

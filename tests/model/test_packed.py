@@ -91,6 +91,43 @@ def test_nothing_wanted_fills_the_cache_and_gives_nothing(model) -> None:
     assert (values.shape, greedy.shape, cache.lengths) == ((0,), (0,), [5])
 
 
+@pytest.mark.parametrize("invariant", [False, True])
+def test_few_wanted_tokens_score_as_among_all_and_leave_the_same_cache(model, invariant) -> None:
+    """The last block runs only what comes from the first wanted token on; one row here wants nothing."""
+    model.packing = row_invariant(40, torch.get_num_threads()) if invariant else FAST
+    width = max(LENGTHS)
+    block = torch.tensor([[*row[:-1], *[0] * (width - n)] for row, n in zip(rows(), LENGTHS, strict=True)])
+    every = [b * width + i for b, n in enumerate(LENGTHS) for i in range(n)]
+    few = [1 * width + 259, 1 * width + 250, 2 * width, 3 * width + 129]
+    found, caches = [], []
+    with torch.inference_mode():
+        for wanted in (every, few):
+            caches.append(model.new_cache(len(LENGTHS), width))
+            found.append(model.score(block, caches[-1], LENGTHS, torch.tensor(wanted), torch.full((len(wanted),), 7)))
+        logits = model.decode(block, model.new_cache(len(LENGTHS), width), LENGTHS)
+    at = [every.index(position) for position in few]
+    ends = [every.index(b * width + n - 1) for b, n in enumerate(LENGTHS)]
+    close = {"rtol": 0, "atol": 0} if invariant else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(found[1][0], found[0][0][at], **close)
+    torch.testing.assert_close(
+        scoring.score_logits(logits, torch.arange(4), torch.full((4,), 7))[0], found[0][0][ends], **close
+    )
+    for row, n in enumerate(LENGTHS):
+        for all_of_them, these in zip(*(cache.keys + cache.values for cache in caches), strict=True):
+            torch.testing.assert_close(these[row, :n], all_of_them[row, :n], **close)
+
+
+def test_the_last_block_runs_on_the_wanted_tokens_alone(model) -> None:
+    n_tokens: list[list[int]] = [[], []]
+    for block, seen in zip(model.blocks, n_tokens, strict=True):
+        block.feed_forward.register_forward_pre_hook(lambda _, x, seen=seen: seen.append(x[0].shape[1]))
+    tokens = torch.tensor([rows()[1][:-1]])
+    with torch.inference_mode():
+        model.score(tokens, model.new_cache(1, 260), [260], torch.tensor([255, 257]), torch.tensor([1, 2]))
+        model.decode(tokens, model.new_cache(1, 260), [260])
+    assert n_tokens == [[260, 260], [5, 1]]
+
+
 def test_tokens_are_filled_up_to_whole_vectors_of_every_thread() -> None:
     assert [row_invariant(768, 1).filled(n) for n in (1, 32, 33)] == [32, 32, 64]
     assert [row_invariant(768, 2).filled(n) for n in (1, 64, 65)] == [64, 64, 128]
