@@ -16,7 +16,7 @@ import click
 from megagpt import __version__
 from megagpt.cli_base import PATH, WITH_EXTRA_WORDS, Commands, examples
 from megagpt.cli_bench import bench_checkpoint, bench_train
-from megagpt.cli_checkpoint import checkpoint_import_deepspeed, checkpoint_reshard
+from megagpt.cli_checkpoint import checkpoint_import_deepspeed, checkpoint_reshard, convert_from_gguf
 from megagpt.cli_data import bench, data
 from megagpt.cli_evals import eval_group
 from megagpt.cli_generate import generate
@@ -162,7 +162,7 @@ def report(run_dir: Path, samples: bool) -> None:  # noqa: FBT001
 
 @main.group(cls=Commands)
 def convert() -> None:
-    """Weights from and to the Hugging Face format."""
+    """Weights from and to the Hugging Face format, and from GGUF."""
 
 
 @convert.command("to-hf", **examples("megagpt convert to-hf runs/quickstart exported"))
@@ -183,6 +183,9 @@ def convert_from_hf(folder: Path, run_dir: Path) -> None:
     from megagpt.checkpoint.convert import hf_to_checkpoint
 
     click.echo(hf_to_checkpoint(folder, run_dir))
+
+
+convert.add_command(convert_from_gguf)
 
 
 @main.group(cls=Commands)

@@ -1,4 +1,4 @@
-"""`megagpt checkpoint reshard | import-deepspeed`."""
+"""`megagpt checkpoint reshard | import-deepspeed` and `megagpt convert from-gguf`."""
 
 from __future__ import annotations
 
@@ -65,3 +65,24 @@ def checkpoint_import_deepspeed(folder: Path, configs: tuple[str, ...], trusted:
     from megagpt.train.command import parse_arguments
 
     click.echo(import_deepspeed(folder, parse_arguments(configs).load(), trusted))
+
+
+@click.command(
+    "from-gguf",
+    **examples(
+        "megagpt convert from-gguf SmolLM2-135M-Instruct.Q4_1.gguf runs/smollm2",
+        "megagpt convert from-gguf model.gguf runs/model --tokenizer downloads/tokenizer.json",
+    ),
+)
+@click.argument("file", type=PATH)
+@click.argument("run_dir", type=PATH)
+@click.option("--tokenizer", help="The model's own tokenizer.json, where the one in FILE cannot be rebuilt.")
+def convert_from_gguf(file: Path, run_dir: Path, tokenizer: str | None) -> None:
+    """Make a run with a step-0 checkpoint out of a GGUF file with a Llama in it (llama.cpp's format).
+
+    Quantised weights are unpacked to fp32. The tokenizer is rebuilt from FILE where it is a byte-level BPE; the chat
+    template is not taken over. Needs the `gguf` extra.
+    """
+    from megagpt.checkpoint.convert import gguf_to_checkpoint
+
+    click.echo(gguf_to_checkpoint(file, run_dir, tokenizer))

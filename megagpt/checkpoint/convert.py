@@ -1,16 +1,20 @@
-"""Checkpoints from and to Hugging Face folders."""
+"""Checkpoints from and to Hugging Face folders, and from GGUF files."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megagpt import __version__
 from megagpt.atomic import write_file
+from megagpt.checkpoint.gguf_import import import_gguf
+from megagpt.checkpoint.gguf_tokenizer import rebuild_tokenizer
 from megagpt.checkpoint.hf import export_hf, import_hf
 from megagpt.checkpoint.open import CHECKPOINTS, open_checkpoint
 from megagpt.checkpoint.save import Identity, save_checkpoint
@@ -29,7 +33,7 @@ from megagpt.config.schema import (
 from megagpt.errors import CheckpointError
 from megagpt.model.build import build_model
 from megagpt.parallel.mesh import Mesh
-from megagpt.tokenizer import Tokenizer, open_tokenizer
+from megagpt.tokenizer import HFTokenizer, Tokenizer, open_tokenizer
 
 
 def checkpoint_to_hf(checkpoint: Path, out: Path) -> str:
@@ -56,23 +60,71 @@ def hf_to_checkpoint(folder: Path, run_dir: Path) -> str:
     Returns:
         a sentence for the user.
     """
-    store = CheckpointStore(run_dir / CHECKPOINTS)
-    if store.steps():
-        raise CheckpointError(f"{store.folder} holds checkpoints already; name another folder")
+    _check_empty(run_dir)
     model, state = import_hf(folder)
     tokenizer_file = folder / "tokenizer.json"
-    tokenizer = open_tokenizer(tokenizer_file) if tokenizer_file.exists() else None
-    config = _described_run(model, run_dir)
-    save_checkpoint(
-        store,
-        Mesh(rank=0, world_size=1, local_rank=0, device=torch.device("cpu")),
-        _whole_slices(model, state),
-        {"step": 0, "tokens": 0, "skipped_steps": 0, "engine": {"adam_step": 0}},
-        _identity(config, tokenizer, (tokenizer_file,) if tokenizer is not None else ()),
-    )
-    write_file(run_dir / "config.yaml", dump_config(config).encode())
-    note = "" if tokenizer is not None else "; the folder has no tokenizer.json, so text cannot be read or written"
+    has_file = tokenizer_file.exists()
+    _save_step_0(run_dir, model, state, open_tokenizer(tokenizer_file) if has_file else None)
+    note = "" if has_file else "; the folder has no tokenizer.json, so text cannot be read or written"
     return f"{run_dir}: step 0 from {folder}{note}"
+
+
+def gguf_to_checkpoint(file: Path, run_dir: Path, tokenizer: str | None = None) -> str:
+    """Make a run whose step-0 checkpoint holds a GGUF file's weights in fp32, with Adam's moments at zero.
+
+    Args:
+        file: of llama.cpp's format, with a Llama in it.
+        run_dir: of the new run.
+        tokenizer: what `open_tokenizer` opens; None: the one in the file.
+
+    Returns:
+        a sentence for the user.
+    """
+    _check_empty(run_dir)
+    model, state, header = import_gguf(file)
+    if tokenizer is not None:
+        opened = open_tokenizer(tokenizer)
+    else:
+        rebuilt = rebuild_tokenizer(header.metadata, model.vocab_size, str(file))
+        opened = HFTokenizer(rebuilt, file)
+    _save_step_0(run_dir, model, state, opened)
+    notes = _left_out(header.metadata, opened)
+    return "; ".join((f"{run_dir}: step 0 from {file}, tokenizer from {tokenizer or file}", *notes))
+
+
+def _left_out(metadata: Mapping[str, Any], tokenizer: Tokenizer) -> Iterator[str]:
+    """What a GGUF file says about text and a run has no place for."""
+    eos = metadata.get("tokenizer.ggml.eos_token_id", tokenizer.eot_id)
+    if eos != tokenizer.eot_id:
+        yield f"generation ends at token {tokenizer.eot_id}, which ends documents, not at the file's eos {eos}"
+    if "tokenizer.chat_template" in metadata:
+        yield "its chat template is not taken over"
+
+
+def _check_empty(run_dir: Path) -> None:
+    folder = run_dir / CHECKPOINTS
+    if CheckpointStore(folder).steps():
+        raise CheckpointError(f"{folder} holds checkpoints already; name another folder")
+
+
+def _save_step_0(
+    run_dir: Path, model: GPT2Model | LlamaModel, state: Mapping[str, Tensor], tokenizer: Tokenizer | None
+) -> None:
+    if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but the model's embedding {model.vocab_size} rows; "
+            "give the model's own"
+        )
+    config = _described_run(model, run_dir)
+    with tempfile.TemporaryDirectory() as folder:
+        save_checkpoint(
+            CheckpointStore(run_dir / CHECKPOINTS),
+            Mesh(rank=0, world_size=1, local_rank=0, device=torch.device("cpu")),
+            _whole_slices(model, state),
+            {"step": 0, "tokens": 0, "skipped_steps": 0, "engine": {"adam_step": 0}},
+            _identity(config, tokenizer, (tokenizer.save(Path(folder)),) if tokenizer is not None else ()),
+        )
+    write_file(run_dir / "config.yaml", dump_config(config).encode())
 
 
 def _whole_slices(config: GPT2Model | LlamaModel, state: Mapping[str, Tensor]) -> list[TensorSlice]:
