@@ -35,6 +35,16 @@ class StandIn:
     """An object of one of DeepSpeed's classes: its attributes, and nothing that could be run."""
 
 
+_ZERO_STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3}
+
+
+def _zero_stage(owner: object, name: object) -> int:
+    """In place of `getattr`, by which Pythons such as 3.11.2 write an enumeration's member: of this one alone."""
+    if owner is not int or not isinstance(name, str) or name not in _ZERO_STAGES:
+        raise pickle.UnpicklingError("GLOBAL builtins.getattr")
+    return _ZERO_STAGES[name]
+
+
 _KNOWN_CLASSES: list[Any] = [
     *(
         (StandIn, f"deepspeed.{name}")
@@ -46,6 +56,7 @@ _KNOWN_CLASSES: list[Any] = [
         )
     ),
     (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (_zero_stage, "builtins.getattr"),
 ]
 
 

@@ -197,6 +197,33 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(copied, config):
     assert (copied / "exploded").exists()  # so it would have
 
 
+class AsPython3112:
+    """Is written as that Python writes a member of an enumeration."""
+
+    def __init__(self, owner: object, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __reduce__(self):
+        return getattr, (self.owner, self.name)
+
+
+def test_a_stage_as_older_pythons_write_it_is_read_and_no_other_attribute_is(copied, config):
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    file = sorted((copied / "native").glob("*_optim_states.pt"))[0]
+    content = torch.load(file, weights_only=False)
+    state = content["optimizer_state_dict"]
+    stage = state["zero_stage"].name
+    for owner, name in ((ZeroStageEnum, "__class__"), (torch.Tensor, "gradients")):
+        state["zero_stage"] = AsPython3112(owner, name)
+        torch.save(content, file)
+        refused(copied, "native", config, f"{file}: holds .* besides .* --trust")
+    state["zero_stage"] = AsPython3112(ZeroStageEnum, stage)
+    torch.save(content, file)
+    import_deepspeed(copied / "native", into(config, copied / "run"))
+    assert CheckpointStore(copied / "run" / CHECKPOINTS).steps() == [FIRST]
+
+
 def test_what_a_trainer_has_put_beside_is_read_from_a_trusted_folder_alone(copied, config, tokens):
     """As Megatron-DeepSpeed does with its arguments."""
     file = copied / "native" / "mp_rank_00_model_states.pt"
