@@ -77,8 +77,8 @@ def bench_train(configs: tuple[str, ...], against: str, json_file: Path | None, 
 def bench_checkpoint(folder: Path, gigabytes: float, rounds: int, json_file: Path | None) -> None:
     """What an asynchronous save costs training, and what checksums cost the save.
 
-    Exit code 1 where training waits for more than 1.5 times the copy to host memory, or checksums add more
-    processor time than 5% of the save. By themselves they take longer: they bring what is then written into the caches.
+    Exit code 1 where training waits for more than 1.5 times the copy to host memory, or checksums take over 5% of the
+    save: on a disk that is as fast as memory they do.
     """
     from rich.console import Console
 

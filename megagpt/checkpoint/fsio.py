@@ -27,11 +27,10 @@ __all__ = [
     "publish",
     "remove_tree",
     "write_file",
-    "write_pieces",
 ]
 
 PIECE = 2**20
-"""Bytes that are checksummed and then written at a time: the write finds them in the processor's cache."""
+"""Bytes that are written and then checksummed at a time: the checksum finds them in the processor's cache."""
 
 
 def make_dir(path: Path) -> None:
@@ -51,31 +50,19 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> tuple[int, s
     Raises:
         OSError: with the file's name.
     """
-    digest = xxhash.xxh3_128()
+    digest, size = xxhash.xxh3_128(), 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        size = write_pieces(descriptor, chunks, digest)
+        for piece in _pieces(chunks):
+            digest.update(piece)
+            size += len(piece)
+            _write_whole(descriptor, piece)
         os.fsync(descriptor)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         os.close(descriptor)
     return size, digest.hexdigest()
-
-
-def write_pieces(descriptor: int, chunks: Iterable[bytes | memoryview], digest: xxhash.xxh3_128 | None) -> int:
-    """Write and checksum piece by piece; without a digest (`megagpt bench checkpoint`) write alone.
-
-    Returns:
-        Bytes.
-    """
-    size = 0
-    for piece in _pieces(chunks):
-        if digest is not None:
-            digest.update(piece)
-        size += len(piece)
-        _write_whole(descriptor, piece)
-    return size
 
 
 def _pieces(chunks: Iterable[bytes | memoryview]) -> Iterator[memoryview]:

@@ -14,8 +14,7 @@ from megagpt.cli import main
 def test_the_figures_are_those_of_saves_that_were_made_and_removed(tmp_path):
     cost = bench_checkpoint(tmp_path, 30_000_000, rounds=2)
     assert 30_000_000 * 0.99 < cost.n_bytes < 30_000_000 * 1.01
-    assert cost.checksum_seconds < 2 * cost.checksum_alone_seconds, "writing has none of it twice"
-    assert 0 < cost.checksum_alone_seconds < cost.save_seconds
+    assert 0 < cost.checksum_seconds < cost.save_seconds
     assert cost.copy_seconds > 0
     assert cost.blocked_seconds < cost.save_seconds, "training does not wait for the disk"
     assert list(tmp_path.iterdir()) == []
