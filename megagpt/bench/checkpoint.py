@@ -45,7 +45,7 @@ class SaveCost:
     save_seconds: float
     """From its begin until the checkpoint is durable and visible."""
     checksum_seconds: float
-    """To checksum the file from memory, in the pieces in which it is written: of processor time, because all of it is
+    """To checksum the file while it is written, by the code that writes it: of processor time, because all of it is
     computation, and another program's share of the processor is not its cost."""
 
     @property
@@ -85,7 +85,7 @@ def bench_checkpoint(folder: Path, n_bytes: int, rounds: int) -> SaveCost:
                 found["blocked"].append(_seconds(lambda step=step: saver.save({"step": step}), device))  # type: ignore[misc]
                 saver.settle()
                 found["save"].append(time.perf_counter() - started_at)
-                found["checksum"].append(_checksum(host))
+                found["checksum"].append(_checksum_seconds(Path(where) / "file", host))
     medians = {name: statistics.median(times[1:]) for name, times in found.items()}
     return SaveCost(
         n_bytes=RankFile.of(slices).n_bytes,
@@ -148,15 +148,27 @@ def _copy(tensors: list[Tensor], host: list[Tensor]) -> None:
         place.copy_(values, non_blocking=True)
 
 
-def _checksum(host: list[Tensor]) -> float:
-    """Processor seconds."""
-    digest, started_at = xxhash.xxh3_128(), time.thread_time()
-    for values in host:
-        whole = values.numpy().view(np.uint8).data
-        for start in range(0, len(whole), fsio.PIECE):
-            digest.update(whole[start : start + fsio.PIECE])
-    digest.hexdigest()
-    return time.thread_time() - started_at
+def _checksum_seconds(path: Path, host: list[Tensor]) -> float:
+    digest = _TimedDigest()
+    fsio.write_file(path, (values.numpy().view(np.uint8).data for values in host), digest)
+    path.unlink()
+    return digest.seconds
+
+
+class _TimedDigest:
+    """A checkpoint's checksum, and the processor time of this thread that it takes."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._digest = xxhash.xxh3_128()
+
+    def update(self, piece: memoryview, /) -> None:
+        started_at = time.thread_time()
+        self._digest.update(piece)
+        self.seconds += time.thread_time() - started_at
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

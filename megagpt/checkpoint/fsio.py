@@ -12,13 +12,14 @@ import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import xxhash
 
 from megagpt.atomic import flush_folder, publish
 
 __all__ = [
+    "Digest",
     "checksum",
     "flush_folder",
     "free_bytes",
@@ -29,8 +30,19 @@ __all__ = [
     "write_file",
 ]
 
-PIECE = 2**20
-"""Bytes that are written and then checksummed at a time: the checksum finds them in the processor's cache."""
+PIECE = 2**19
+"""Bytes that are written and then checksummed at a time: the write brings them into the processor's own cache, from
+which xxh3 reads twice as fast as from memory (measured: 45 against 22 GB/s)."""
+
+
+class Digest(Protocol):
+    """Takes a file's bytes in their order, as the hashes of `hashlib` do."""
+
+    def update(self, piece: memoryview, /) -> None:
+        """The next bytes."""
+
+    def hexdigest(self) -> str:
+        """Of all that it was given."""
 
 
 def make_dir(path: Path) -> None:
@@ -41,8 +53,13 @@ def make_dir(path: Path) -> None:
     flush_folder(path.parent)
 
 
-def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> tuple[int, str]:
+def write_file(path: Path, chunks: Iterable[bytes | memoryview], digest: Digest | None = None) -> tuple[int, str]:
     """Write and fsync a file that does not exist yet.
+
+    Args:
+        path: of the file.
+        chunks: its content.
+        digest: takes the bytes in place of xxh3-128.
 
     Returns:
         (bytes, xxh3-128 in hex), both taken from memory: a bad write cannot hide behind its own checksum.
@@ -50,13 +67,13 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> tuple[int, s
     Raises:
         OSError: with the file's name.
     """
-    digest, size = xxhash.xxh3_128(), 0
+    digest, size = digest or xxhash.xxh3_128(), 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         for piece in _pieces(chunks):
+            _write_whole(descriptor, piece)
             digest.update(piece)
             size += len(piece)
-            _write_whole(descriptor, piece)
         os.fsync(descriptor)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
