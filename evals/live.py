@@ -10,9 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from evals.backend import MegaGPTLM, UnscorableError
 from evals.gold import GoldScores, gold_scores
+from evals.invariance import make_batch_invariant
 from evals.live_files import LiveEvaluation, LiveTask
 from evals.run import HELDOUT
 from evals.scoring import Scores, quiet_bars, score_task
@@ -20,6 +22,7 @@ from evals.sharing import Sharing
 from evals.suites import SuiteTask, resolve_tasks
 from evals.task_loader import FEWSHOT_SEED, NUMPY_SEED, RANDOM_SEED, LoadedTask, load_task, plan_task
 from megagpt.config.schema import TrainingRun
+from megagpt.model.packed import FAST
 from megagpt.parallel.decode import ParallelDecoder
 from megagpt.parallel.mesh import Mesh
 from megagpt.tokenizer import Tokenizer
@@ -71,6 +74,8 @@ class LiveBenchmarks:
         self._tokenizer = tokenizer
         self._mesh = mesh
         self._members = members
+        self._is_chosen = False
+        """Whether the model's arithmetic is: it stays with the model."""
 
     def score(self, step: int, model: ParallelDecoder) -> BenchmarkScores:
         """Score every task. One that this model cannot answer (a prompt that leaves no room) is told and recorded."""
@@ -78,6 +83,7 @@ class LiveBenchmarks:
         lines = []
         values: dict[str, float | None] = {}
         sharing = Sharing(self._mesh, settle=model.finish)
+        self._choose_arithmetic(model, sharing)
         for member in self._members:
             started = time.perf_counter()
             row = LiveTask(task=member.task.task, limit=member.limit, status="ok")
@@ -95,6 +101,18 @@ class LiveBenchmarks:
         found = LiveEvaluation(step, tuple(rows))
         sharing.from_main(lambda: found.write(self._config.run.dir))
         return BenchmarkScores(values, lines)
+
+    def _choose_arithmetic(self, model: ParallelDecoder, sharing: Sharing) -> None:
+        """In fp32, the one of `megagpt eval run`, so that the checkpoint of this step has these very scores.
+
+        Where tensor parallelism sums partial products they differ in the last digits: training sums faster than
+        `megagpt.parallel.apply_tensor` does for exact shares.
+        """
+        if self._is_chosen or model.weight.dtype != torch.float32:
+            return
+        self._is_chosen = True
+        if not sharing.all(make_batch_invariant(model)):
+            model.packing = FAST  # on this process it may have held
 
     def _score(self, member: Member, model: ParallelDecoder, sharing: Sharing) -> Scores:
         # The same examples in the prompts at every step: lm-eval's draws go on where the last evaluation ended.

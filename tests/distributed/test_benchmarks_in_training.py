@@ -95,9 +95,10 @@ def check(case, tmp_path, tokens, tokenizer_file):  # noqa: F811
     if dtype == "fp32":
         assert last["eval/megagpt_smoke/acc"] == smoke.metrics["acc"].value
         assert last["eval/megagpt_smoke_generate/exact_match"] == generated.metrics["exact_match"].value
-    close = 2e-6 if dtype == "fp32" else 5e-3
-    assert last["eval/megagpt_smoke/gold_bits_per_byte"] == pytest.approx(gold.bits_per_byte, abs=close)
-    assert last["eval/megagpt_smoke/gold_margin"] == pytest.approx(gold.margin, abs=10 * close)
+    # Bit for bit, but where products are summed over a tensor group in training's order, or rounded to half precision.
+    close = 5e-3 if dtype == "bf16" else 2e-6 if TP in words else 0
+    assert last["eval/megagpt_smoke/gold_bits_per_byte"] == pytest.approx(gold.bits_per_byte, abs=close, rel=0)
+    assert last["eval/megagpt_smoke/gold_margin"] == pytest.approx(gold.margin, abs=10 * close, rel=0)
     told = json.loads((scored / "evals" / "training" / f"step_{LAST:08d}.json").read_text())
     assert [(row["task"], row["status"], row["n"]) for row in told["tasks"]] == [
         ("megagpt_smoke", "ok", LIMIT),
