@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
@@ -32,6 +32,8 @@ class Layout:
 
     tensor: int = 1
     pipeline: int = 1
+    cut_weights: bool = False
+    """Over what is left as well, as under ZeRO-3."""
 
 
 def run_together(request: EvalRequest, launch: Launch, layout: Layout, console: Console) -> Sequence[TaskResult]:
@@ -47,20 +49,21 @@ def run_together(request: EvalRequest, launch: Launch, layout: Layout, console: 
     settings = checkpoint.config.watch
     with Watch(settings, checkpoint.run_dir / "evals", launch.rank) as watch:
         timeout = collective_timeout(settings, COLLECTIVE_TIMEOUT)
-        mesh = shared_mesh(checkpoint, launch, tensor=layout.tensor, pipeline=layout.pipeline, timeout=timeout)
+        mesh = shared_mesh(checkpoint, launch, **asdict(layout), timeout=timeout)
         watch.join(process_store(), mesh.gather(Member.of_this_process(mesh.rank)))
-        model = mesh.together(lambda: _read(checkpoint, mesh, request))
+        model = mesh.together(lambda: _read(checkpoint, mesh, request, cut_weights=layout.cut_weights))
         watch.enter("eval", 0)
-        sharing = Sharing(mesh, on_round=partial(watch.enter, "eval"))
+        sharing = Sharing(mesh, settle=model.finish, on_round=partial(watch.enter, "eval"))
         results = run_evals(request, console, lambda _: model, sharing)
         mesh.barrier()
     torch.distributed.destroy_process_group()
     return results
 
 
-def _read(checkpoint: Checkpoint, mesh: Mesh, request: EvalRequest) -> ParallelDecoder:
+def _read(checkpoint: Checkpoint, mesh: Mesh, request: EvalRequest, *, cut_weights: bool) -> ParallelDecoder:
     """In fp32 so that the scores are those of one process; in half precision sums round off more than that anyway."""
-    return read_share(checkpoint, mesh, DTYPES[request.dtype], exact=request.dtype == "fp32")
+    exact = request.dtype == "fp32"
+    return read_share(checkpoint, mesh, DTYPES[request.dtype], exact=exact, cut_weights=cut_weights)
 
 
 def exit_code(error: MegaGPTError, launch: Launch) -> int:

@@ -69,10 +69,10 @@ bench.add_command(bench_evals)
 def verify(configs: tuple[str, ...], as_json: bool, **options: Any) -> None:  # noqa: FBT001
     """Prove that a run's layout trains as one process does, on this host's CPU.
 
-    CONFIGS are those of `megagpt train`. The model and batch are made small, the layout, precision, recomputation and
-    optimizer are kept (dropout is not). The same run is made in plain PyTorch without DeepSpeed; samples, initial
-    weights, losses, gradient norms, moments and weights are compared. Neither data nor a GPU is needed. Exit code 0:
-    all agrees; 1: something differs, and the table says what; 2: the configuration is refused.
+    CONFIGS are those of `megagpt train`. The model and batch are made small, the layout, precision (not fp16) and
+    recomputation are kept; dropout is off, and the optimizer must be AdamW. The same run is made in plain PyTorch
+    without DeepSpeed; samples, initial weights, losses, gradient norms, moments and weights are compared. Neither data
+    nor a GPU is needed. Exit code 0: all agrees; 1: something differs, and the table says what; 2: refused.
     """
     from rich.console import Console
 

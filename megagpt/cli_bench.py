@@ -78,7 +78,7 @@ def bench_checkpoint(folder: Path, gigabytes: float, rounds: int, json_file: Pat
     """What an asynchronous save costs training, and what checksums cost the save.
 
     Exit code 1 where training waits for more than 1.5 times the copy to host memory, or checksums take over 5% of the
-    save: on a disk that is as fast as memory they do.
+    save, as they do on a disk that writes more than about 2 GB/s.
     """
     from rich.console import Console
 

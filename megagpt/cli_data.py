@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from megagpt.cli_base import PATH, Commands, configs_folder, examples
+from megagpt.errors import ConfigError
 
 
 @click.group(cls=Commands)
@@ -60,7 +61,7 @@ def data_run(configs: tuple[str, ...], stage: str | None, dry_run: bool, **overr
 
 @data.command(
     "inspect",
-    **examples("megagpt data inspect data/quickstart/quickstart_train", "megagpt data inspect data/quickstart"),
+    **examples("megagpt data inspect data/quickstart/tokens_train", "megagpt data inspect data/quickstart"),
 )
 @click.argument("path", type=PATH)
 @click.option("--samples", type=click.IntRange(min=0), default=3, show_default=True, help="Decoded documents to print.")
@@ -116,6 +117,9 @@ def data_thresholds(folder: Path, rules: tuple[str, ...]) -> None:
     from data_pipeline.filters.thresholds import describe, what_if
     from megagpt.config.load import parse_value
 
+    for rule in rules:
+        if "=" not in rule:
+            raise ConfigError(f"'{rule}' says no value; expected RULE=VALUE, or RULE=null to switch the rule off")
     overrides = {name: parse_value(value) for name, _, value in (rule.partition("=") for rule in rules)}
     click.echo(describe(what_if(folder, overrides)))
 

@@ -48,7 +48,11 @@ eval_group.add_command(eval_explain)
     type=click.IntRange(min=0),
     help="Few-shot examples; the suite's or task's own where not given.",
 )
-@click.option("--limit", type=click.IntRange(min=1), help="Documents a task, the first ones; all where not given.")
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    help="Documents a task, the first ones; where not given, those of the suite, or all.",
+)
 @click.option(
     "--batch-size",
     type=click.IntRange(min=1),
@@ -93,8 +97,14 @@ eval_group.add_command(eval_explain)
 @click.option(
     "--pipeline", type=click.IntRange(min=1), default=1, help="Processes that share the layers, under the launcher."
 )
+@click.option(
+    "--cut-weights",
+    is_flag=True,
+    help="Under the launcher: each process holds a part of every weight, as under ZeRO-3; slow, for models that fit in "
+    "no other way.",
+)
 @click.option("--local_rank", hidden=True, type=int, help="Added by the launcher; the environment says it too.")
-def eval_run(tensor: int, pipeline: int, local_rank: int | None, **options: Any) -> None:
+def eval_run(tensor: int, pipeline: int, local_rank: int | None, *, cut_weights: bool, **options: Any) -> None:
     """Score a checkpoint; one JSON file a task in RUN/evals/STEP. What is scored already is reused.
 
     A killed evaluation goes on where it stopped: answers are kept in RUN/evals/STEP/answers, by weights, precision,
@@ -116,7 +126,12 @@ def eval_run(tensor: int, pipeline: int, local_rank: int | None, **options: Any)
     console = Console()
     if not console.is_terminal:  # a log file has no width
         console.width = 120
-    if local_rank is None and tensor * pipeline == 1 and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if (
+        local_rank is None
+        and tensor * pipeline == 1
+        and not cut_weights
+        and int(os.environ.get("WORLD_SIZE", "1")) == 1
+    ):
         console.print(format_table(run_evals(request, console)))
         return
     from evals.together import Layout, exit_code, run_together
@@ -125,7 +140,7 @@ def eval_run(tensor: int, pipeline: int, local_rank: int | None, **options: Any)
     launch = Launch.from_environment(os.environ)
     console.quiet = launch.rank != 0
     try:
-        console.print(format_table(run_together(request, launch, Layout(tensor, pipeline), console)))
+        console.print(format_table(run_together(request, launch, Layout(tensor, pipeline, cut_weights), console)))
     except MegaGPTError as error:
         code = exit_code(error, launch)
         if launch.local_rank == 0:

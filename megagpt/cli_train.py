@@ -33,20 +33,30 @@ from megagpt.errors import ConfigError
 @click.option(
     "--restarts",
     type=click.IntRange(min=0),
-    help="Start again after a failure; give up after so many in a row without a new checkpoint. With --hostfile, hosts "
-    "that do not answer are left out, and the file is read again each time.",
+    help="Start again after a failure; give up when so many restarts in a row brought no new checkpoint. With "
+    "--hostfile, hosts that do not answer are left out, and the file is read again each time.",
 )
 @click.option("--hosts", type=click.IntRange(min=1), help="With --restarts: use so many hosts, keep the others spare.")
 @click.option("--ssh-port", type=int, help="With --restarts: as for deepspeed --ssh_port.")
-@click.option("--wait", default=5.0, show_default=True, help="Seconds before the first restart; doubled each time.")
 @click.option(
-    "--check", is_flag=True, help="Resolve the configuration, print the plan and exit; no accelerator needed."
+    "--wait",
+    default=5.0,
+    show_default=True,
+    help="With --restarts: seconds before the first one; doubled after each "
+    "further failure without progress, 300 at most.",
+)
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Resolve the configuration, print the plan for --processes (1 where not given) and exit; no accelerator is "
+    "needed.",
 )
 def train(configs: tuple[str, ...], processes: int | None, check: bool, **options: Any) -> None:  # noqa: FBT001
     """Train a model under the DeepSpeed launcher. CONFIGS are YAML files, then KEY=VALUE overrides.
 
     Exit codes: 0 done, or stopped by a signal after saving; 2 wrong input; 3 training diverged; 4 a rank hung or was
-    lost; 5 another process trains in the run's folder; 6 the last save failed. With --restarts, 2 and 3 end the run at
+    lost; 5 another process trains in the run's folder; 6 the last save failed; 130 (Ctrl-C) and 143 (SIGTERM): stopped
+    with nothing saved; 1 a fault of the program. With --restarts, 2 and 3 end the run at
     once; everything else is tried again.
     """
     from megagpt.train.command import launcher_command, parse_arguments
@@ -59,10 +69,14 @@ def train(configs: tuple[str, ...], processes: int | None, check: bool, **option
         return
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     command = partial(launcher_command, processes, options["launcher_args"])
+    if options["hosts"] is not None and options["hostfile"] is None:
+        raise ConfigError("--hosts says how many of --hostfile to use; say --hostfile too")
     if options["restarts"] is not None:
         click.get_current_context().exit(_supervise(config, command, environment, configs, **options))
     if options["hosts"] is not None:
         raise ConfigError("--hosts goes with --restarts; without it, say --launcher-args '--num_nodes N'")
+    if options["ssh_port"] is not None:
+        raise ConfigError("--ssh-port goes with --restarts; without it, say --launcher-args '--ssh_port N'")
     words = command(configs, _hostfile_words(options["hostfile"]))
     os.execve(words[0], words, environment)  # signals then reach the launcher itself
 

@@ -29,7 +29,6 @@ Unit = Literal["line", "paragraph"]
 
 _LINE_BREAK = ord("\n")
 _SPACE = ord(" ")
-_ZERO = ord("0")
 # Decompositions, lower case, digits, punctuation and marks lie in the first three planes; the variation selectors,
 # which are marks too, in the fifteenth.
 _PLANES_WITH_RULES = ((0, 0x30000), (0xE0000, 0xE0200))

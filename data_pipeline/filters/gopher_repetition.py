@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from data_pipeline.filters.rules import Apply, Finding, Settings
 from data_pipeline.filters.text_view import TextView, count_repeats
 
-Ngram = tuple[str, ...]
-
 
 @dataclass(frozen=True, slots=True)
 class GopherRepetition(Settings):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from pydantic import ValidationError
+from torch import Tensor, nn
 
 from megagpt.checkpoint.store import CheckpointStore, Manifest, verify_checkpoint
 from megagpt.checkpoint.tensors import WEIGHT, SliceReader
@@ -66,16 +68,22 @@ class Checkpoint:
 
     def fill(self, model: Decoder) -> Decoder:
         """Give a model, or the share of it that a process holds, these weights; in evaluation mode."""
-        with torch.device("meta"):
-            whole = build_model(self.model_config)
-        with SliceReader(rank_files(self.path, self.manifest)) as reader, torch.no_grad():
-            reader.check_model({name: tuple(p.shape) for name, p in whole.named_parameters()})
-            for name, parameter in model.named_parameters():
-                shard = model.shards.get(name)
-                values = reader.read(model.logical_name(name), WEIGHT, 0, parameter.numel(), shard)
-                parameter.copy_(values.view_as(parameter))
+        with torch.no_grad():
+            for parameter, values in self.weights(model):
+                parameter.copy_(values)
         model.reset_buffers()
         return model.eval()
+
+    def weights(self, model: Decoder) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Each parameter of a model, or of a share of it, with its fp32 values here; read one at a time."""
+        with torch.device("meta"):
+            whole = build_model(self.model_config)
+        with SliceReader(rank_files(self.path, self.manifest)) as reader:
+            reader.check_model({name: tuple(p.shape) for name, p in whole.named_parameters()})
+            for name, parameter in model.named_parameters():
+                shape, shard = parameter.shape, model.shards.get(name)
+                values = reader.read(model.logical_name(name), WEIGHT, 0, shape.numel(), shard)
+                yield parameter, values.view(shape)
 
 
 def rank_files(step_dir: Path, manifest: Manifest) -> list[Path]:

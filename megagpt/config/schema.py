@@ -118,7 +118,7 @@ class DataSection(Section):
     train: Path | tuple[WeightedTokens, ...]
     """Training tokens: the path of a .bin/.idx pair without the ending, or a list of {prefix, weight}."""
     val: Path | None = None
-    """Validation tokens, likewise one pair. Needed where `eval.every` is above 0."""
+    """Validation tokens: the path of one pair. Needed where `eval.every` is above 0."""
     tokenizer: str | None = None
     """Tokenizer of the token files: gpt2, cl100k_base, o200k_base (tiktoken), or a tokenizer.json's path.
     Not needed where manifest.json beside the token files names it; where both do, they must be the same."""
@@ -244,7 +244,7 @@ class ParallelSection(Section):
     parallelism): the same loss with less memory for activations."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What DeepSpeed shards over data-parallel processes: 1 optimizer, 2 and gradients, 3 and weights.
-    0 shards nothing and is allowed in fp32 only."""
+    0 shards nothing: with AdamW in fp32 only, with muon in fp32 and bf16, and without a pipeline."""
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
     """Where master weights and Adam moments live, and where the update is computed: none: on the device; cpu: in host
     memory, with ZeRO 1 to 3; nvme: on the local disk of `nvme_dir`, with ZeRO 3, and `update_elements` of them at a

@@ -32,6 +32,7 @@ from megagpt.engine.stopwatch import Stopwatch
 from megagpt.errors import ConfigError, DataError, TrainingDiverged
 from megagpt.model.batch import TokenBatch
 from megagpt.model.decoder import Decoder
+from megagpt.model.init import initial_weights
 from megagpt.parallel.apply_tensor import prepare_parameters
 from megagpt.parallel.mesh import Mesh
 from megagpt.parallel.norm import global_norm
@@ -125,7 +126,8 @@ class Engine:
     def _initialize(self, optimizer: torch.optim.Optimizer, config: TrainingRun) -> Any:
         settings = ds_config(config, self.plan)
         if self._zero_stage == 3:
-            fill_in_parts(self.model, config.run.seed, self.dtype, settings, self.mesh)
+            values = initial_weights(self.model, config.run.seed)
+            fill_in_parts(self.model, values, self.dtype, settings, self.mesh)
         folder = config.parallel.nvme_dir
         scratch = self.mesh.together(lambda: ScratchFile(folder)) if folder is not None else None
         with swapping_through(scratch):

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
 
-from megagpt.engine.engine import Engine
 from megagpt.model.layers import KVCache
 from megagpt.model.packed import PackedStep
 from megagpt.parallel.decode import ParallelDecoder
 from megagpt.parallel.whole import whole_sequences
+
+if TYPE_CHECKING:
+    from megagpt.engine.engine import Engine
 
 T = TypeVar("T")
 

@@ -42,7 +42,7 @@ class Patience:
     """How often and how fast to start again."""
 
     restarts: int
-    """Failures in a row, with no new checkpoint between them, after which the run is given up."""
+    """In a row, with no new checkpoint between them; after one failure more the run is given up."""
     first_wait_seconds: float = 5.0
     """Before the first restart; twice as long before each further one that comes without progress."""
     longest_wait_seconds: float = 300.0

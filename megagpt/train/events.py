@@ -6,6 +6,14 @@ Every row has `time` (UTC), `event` and `step`:
                         and, where a process was there before: down_seconds, repeated_steps, repeated_seconds
     saved               seconds that training waited, written_in_seconds until it was durable
     save_failed         cause, in_a_row
+    not_removed         cause: checkpoints that should be gone are still there
+    set_aside           a damaged checkpoint, by `megagpt train --restarts`
+    spike               of the loss or gradient norm, and what was done
+    rollback            to_step, skipped_batches
+    skipped_batches     batches (first, end) that `train.skip_batches` passes over
+    nonfinite           action (skip or stop), which ranks and samples
+    diverged            reason
+    hung, slow_rank     which rank, in which phase
     failed              exit_code and cause, by `megagpt train --restarts`
     stopped             cause: asked to, or the launcher had ended (see `train.stop`)
     finished

@@ -29,7 +29,7 @@ from megagpt.parallel.tensor import vocabulary_shard
 from megagpt.train.command import Launch
 
 
-def evaluate(request: EvalRequest, tensor: int, pipeline: int, fault: str | None = None) -> int:
+def evaluate(request: EvalRequest, layout: Layout, fault: str | None = None) -> int:
     """`launch/evaluate.py` behind its command line; on rank 1 something may go wrong."""
     launch = Launch.from_environment(os.environ)
     console = Console(file=io.StringIO(), quiet=launch.rank != 0)
@@ -38,7 +38,7 @@ def evaluate(request: EvalRequest, tensor: int, pipeline: int, fault: str | None
     spoilt = patch.object(PlanRunner, *FAULTS[fault]) if launch.rank == 1 and fault in FAULTS else nullcontext()
     try:
         with spoilt:
-            run_together(request, launch, Layout(tensor, pipeline), console)
+            run_together(request, launch, layout, console)
     except MegaGPTError as error:
         sys.stdout.write(f"rank {launch.rank}: {error}\n")
         sys.stdout.flush()

@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from evals.run import run_evals
+from evals.together import Layout
 from tests.distributed.evaluate_jobs import evaluate, requests, score_cut_vocabulary
 from tests.distributed.processes import start
 from tests.distributed.runs import train_to_the_end
@@ -55,27 +56,29 @@ def found(out):
 
 
 LAYOUTS = {
-    # processes, tensor, pipeline
-    "data 2": ("gpt2", 2, 1, 1),
-    "tensor 2, pipeline 2": ("llama", 4, 2, 2),
+    "data 2": ("gpt2", 2, Layout()),
+    "zero 3": ("gpt2", 2, Layout(cut_weights=True)),
+    "tensor 2, pipeline 2": ("llama", 4, Layout(tensor=2, pipeline=2)),
 }
 MORE = {
-    "data 4": ("llama", 4, 1, 1),
-    "tensor 2": ("gpt2", 2, 2, 1),
-    "tensor 4, fewer key heads": ("llama", 4, 4, 1),
-    "pipeline 2": ("gpt2", 2, 1, 2),
-    "pipeline 2, data 2": ("llama", 4, 1, 2),
-    "tensor 2, data 2": ("gpt2", 4, 2, 1),
+    "data 4": ("llama", 4, Layout()),
+    "tensor 2": ("gpt2", 2, Layout(tensor=2)),
+    "tensor 4, fewer key heads": ("llama", 4, Layout(tensor=4)),
+    "pipeline 2": ("gpt2", 2, Layout(pipeline=2)),
+    "pipeline 2, data 2": ("llama", 4, Layout(pipeline=2)),
+    "tensor 2, data 2": ("gpt2", 4, Layout(tensor=2)),
+    "zero 3, four processes": ("llama", 4, Layout(cut_weights=True)),
+    "zero 3, tensor 2": ("llama", 4, Layout(tensor=2, cut_weights=True)),
 }
 
 
 def check(layout, run_dirs, expected, tmp_path):
-    family, processes, tensor, pipeline = layout
+    family, processes, shared = layout
     request = requests(run_dirs[family], tmp_path / "out")
-    start(evaluate, processes, request, tensor, pipeline, log=tmp_path / "log").finish()
+    start(evaluate, processes, request, shared, log=tmp_path / "log").finish()
     metrics, answers = found(tmp_path / "out")
     expected_metrics, expected_answers = expected[family]
-    if tensor < 4:
+    if shared.tensor < 4:
         assert answers == expected_answers  # bit for bit
         assert metrics == expected_metrics
         return
@@ -104,7 +107,7 @@ def test_scores_do_not_depend_on_any_layout(layout, run_dirs, expected, tmp_path
 @pytest.mark.parametrize("batch_size", [1, 16])
 def test_scores_do_not_depend_on_the_batch_either(batch_size, run_dirs, expected, tmp_path):
     request = requests(run_dirs["gpt2"], tmp_path / "out", batch_size)
-    start(evaluate, 2, request, 1, 1, log=tmp_path / "log").finish()
+    start(evaluate, 2, request, Layout(), log=tmp_path / "log").finish()
     assert found(tmp_path / "out") == expected["gpt2"]
 
 
@@ -114,7 +117,7 @@ def test_padding_never_counts_and_the_first_of_equal_logits_wins_wherever_it_lie
 
 def test_an_error_on_one_process_is_the_error_of_all(run_dirs, tmp_path):
     request = requests(run_dirs["gpt2"], tmp_path / "out")
-    group = start(evaluate, 2, request, 1, 1, "an error of ours", log=tmp_path / "log")
+    group = start(evaluate, 2, request, Layout(), "an error of ours", log=tmp_path / "log")
     assert group.wait(60) == [2, 2]
     assert {f"rank {rank}: this question has no answer" for rank in (0, 1)} <= set(group.output().splitlines())
 
@@ -122,7 +125,7 @@ def test_an_error_on_one_process_is_the_error_of_all(run_dirs, tmp_path):
 @pytest.mark.exhaustive
 def test_processes_that_build_other_requests_stop_before_they_score(run_dirs, tmp_path):
     request = requests(run_dirs["gpt2"], tmp_path / "out")
-    group = start(evaluate, 2, request, 1, 1, "other limit", log=tmp_path / "log")
+    group = start(evaluate, 2, request, Layout(), "other limit", log=tmp_path / "log")
     assert group.wait(60) == [2, 2]
     assert group.output().count("the requests of rank 1 are not those of rank 0") == 2
     assert not list((tmp_path / "out").glob("*.json"))
@@ -133,7 +136,7 @@ def test_processes_that_build_other_requests_stop_before_they_score(run_dirs, tm
 def test_a_process_that_crashes_ends_the_others_at_once(tensor, pipeline, run_dirs, tmp_path):
     request = requests(run_dirs["gpt2"], tmp_path / "out")
     began = time.monotonic()
-    group = start(evaluate, 2, request, tensor, pipeline, "a crash", log=tmp_path / "log")
+    group = start(evaluate, 2, request, Layout(tensor, pipeline), "a crash", log=tmp_path / "log")
     codes = group.wait(60)
     assert all(codes), group.output()
     assert time.monotonic() - began < 45
@@ -143,7 +146,7 @@ def test_a_process_that_crashes_ends_the_others_at_once(tensor, pipeline, run_di
 @pytest.mark.exhaustive
 def test_what_several_processes_had_answered_when_one_was_killed_is_not_asked_again(run_dirs, expected, tmp_path):
     request = requests(run_dirs["gpt2"], tmp_path / "out")
-    start(evaluate, 2, request, 1, 1, "a crash", log=tmp_path / "log").wait(60)
+    start(evaluate, 2, request, Layout(), "a crash", log=tmp_path / "log").wait(60)
     assert not list((tmp_path / "out").glob("*.json"))
     smoke, *_ = run_evals(request, QUIET)
     assert 0 < smoke.answers_resumed < 4 * 18
@@ -166,7 +169,7 @@ def test_another_layout_takes_answers_only_where_they_are_the_same_numbers(
     family, processes, tensor, changes, is_shared, run_dirs, tmp_path
 ):
     request = replace(requests(run_dirs[family], tmp_path / "out"), **changes)
-    start(evaluate, processes, request, tensor, 1, "a late crash", log=tmp_path / "log").wait(60)
+    start(evaluate, processes, request, Layout(tensor), "a late crash", log=tmp_path / "log").wait(60)
     assert not list((tmp_path / "out").glob("megagpt_smoke.json"))
     assert list((tmp_path / "out" / "answers").iterdir())
     smoke, *_ = run_evals(request, QUIET)
@@ -177,7 +180,7 @@ def test_another_layout_takes_answers_only_where_they_are_the_same_numbers(
 
 @pytest.mark.exhaustive
 def test_a_number_of_processes_that_does_not_divide_is_refused(run_dirs, tmp_path):
-    group = start(evaluate, 3, requests(run_dirs["gpt2"], tmp_path / "out"), 2, 1, log=tmp_path / "log")
+    group = start(evaluate, 3, requests(run_dirs["gpt2"], tmp_path / "out"), Layout(tensor=2), log=tmp_path / "log")
     assert group.wait(60) == [2, 2, 2]
     assert "3 processes, which do not divide by --tensor 2 x --pipeline 1 = 2" in group.output()
 
@@ -199,7 +202,7 @@ def test_a_checkpoint_of_zero_3_is_evaluated_at_any_layout(tmp_path, tokens, tok
     run_evals(requests(tmp_path / "run", tmp_path / "one"), QUIET)
     for name, tensor, pipeline in (("data", 1, 1), ("tensor", 2, 1), ("pipeline", 1, 2)):
         request = requests(tmp_path / "run", tmp_path / name)
-        start(evaluate, 2, request, tensor, pipeline, log=tmp_path / f"{name}.log").finish()
+        start(evaluate, 2, request, Layout(tensor, pipeline), log=tmp_path / f"{name}.log").finish()
         metrics, answers = found(tmp_path / name)
         assert (metrics, answers) == found(tmp_path / "one")
 

@@ -99,7 +99,7 @@ def save_run(
 ) -> Path:
     """A run's folder with one published checkpoint and validation tokens; returns it.
 
-    `nudge` is added to one single weight.
+    `nudge` is added to one single weight. Of family llama it trained with Muon, which not every layout can do.
     """
     data = run_dir.parent / f"{run_dir.name}_data"
     text = TEXT * 40
@@ -116,7 +116,7 @@ def save_run(
                 "run": {"dir": str(run_dir)},
                 "model": CONFIGS[family].model_dump(mode="json"),
                 "data": {"train": str(prefix), "val": str(prefix)},
-                "optim": {"lr": 1e-3},
+                "optim": {"lr": 1e-3, "name": "muon" if family == "llama" else "adamw"},
                 "train": {"max_steps": 10, "global_batch_size": 1, "micro_batch_size": 1},
             }
         )
