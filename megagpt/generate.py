@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megagpt.checkpoint.open import Checkpoint, open_checkpoint
+from megagpt.drafts import Drafts
 from megagpt.errors import ConfigError
 from megagpt.model.decoder import Decoder
 from megagpt.parallel.decode import ParallelDecoder
@@ -130,24 +131,64 @@ def continue_texts(
 def _decode(
     model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int, chooser: _Chooser, recorder: _Recorder
 ) -> None:
-    """The loop: one pass over the prompts, then one token a row, until no row is left."""
-    device = model.device
-    rows = list(range(len(prompts)))
-    lengths = [len(prompt) for prompt in prompts]
-    width = max(lengths)
-    cache = model.new_cache(len(prompts), width + max_new_tokens - 1)
-    block = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=device)
-    logits = model.decode(block, cache, lengths)
-    for remaining in range(max_new_tokens - 1, -1, -1):
-        tokens = chooser.choose(logits, rows)
-        going = [index for index, row in enumerate(rows) if recorder.record(row, tokens[index])]
-        if not going or remaining == 0:
+    """The loop: one pass over the prompts, then one token a row or more, until no row is left."""
+    guesses = chooser.is_greedy and model.packing.invariant
+    rows = [_Row(number, max_new_tokens, Drafts(prompt if guesses else ())) for number, prompt in enumerate(prompts)]
+    cache = model.new_cache(len(prompts), max(map(len, prompts)) + max_new_tokens - 1)
+    logits = model.decode(_block(prompts, model.device), cache, [len(prompt) for prompt in prompts])
+    while True:
+        tokens, start, going = chooser.choose(logits, [row.number for row in rows]), 0, []
+        for index, row in enumerate(rows):
+            n_asked = 1 + len(row.drafts.guess)
+            n_right, goes_on = row.take(tokens[start : start + n_asked], recorder)
+            cache.lengths[index] -= len(row.drafts.guess) - n_right  # what is behind is overwritten before it is seen
+            going += [index] if goes_on else []
+            start += n_asked
+        if not going:
             return
         if len(going) < len(rows):
             rows = [rows[index] for index in going]
             cache.keep_rows(going)
-        block = torch.tensor([[tokens[index]] for index in going], device=device)
-        logits = model.decode(block, cache, [1] * len(going))
+        inputs = [[row.last, *(row.drafts.next(row.n_left - 1) if guesses else ())] for row in rows]
+        counts = [len(each) for each in inputs]
+        logits = model.decode(_block(inputs, model.device), cache, counts, counts)
+
+
+def _block(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """(B, T) tokens, rows filled up with zeros."""
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+
+
+@dataclass(slots=True)
+class _Row:
+    """A row that is being written."""
+
+    number: int
+    n_left: int
+    """Tokens that it may still get."""
+    drafts: Drafts
+    last: int = 0
+    """Its newest token, which the model has not seen yet."""
+
+    def take(self, tokens: Sequence[int], recorder: _Recorder) -> tuple[int, bool]:
+        """The model's choices behind the newest token and behind each guessed one.
+
+        Returns:
+            How many guesses were right, and whether the row goes on.
+        """
+        n_right = 0
+        for token, guess in zip(tokens, [*self.drafts.guess, None], strict=True):
+            if not recorder.record(self.number, token):
+                return n_right, False
+            self.drafts.add(token)
+            self.last, self.n_left = token, self.n_left - 1
+            if self.n_left == 0:
+                return n_right, False
+            if token != guess:
+                break
+            n_right += 1
+        return n_right, True
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,10 +214,15 @@ class _Chooser:
         self.sampling = sampling
         self.generators = [torch.Generator().manual_seed(_row_seed(sampling.seed, name)) for name in row_names]
 
+    @property
+    def is_greedy(self) -> bool:
+        """Nothing is drawn."""
+        return self.sampling.temperature == 0
+
     def choose(self, logits: Tensor, rows: Sequence[int]) -> list[int]:
-        """(B, V) logits of these rows -> B tokens."""
+        """(B, V) logits of these rows -> B tokens; of greedy rows there may be several logits each."""
         sampling = self.sampling
-        if sampling.temperature == 0:
+        if self.is_greedy:
             return logits.argmax(-1).tolist()
         uniforms = torch.stack([torch.rand((), generator=self.generators[row]) for row in rows]).to(logits.device)
         return sample(logits, sampling, uniforms).tolist()

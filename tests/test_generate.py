@@ -1,18 +1,23 @@
 """Generation against Hugging Face's, and each rule of sampling by hand."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from megagpt.checkpoint.hf import hf_state_to_model
 from megagpt.config.schema import GPT2Model, LlamaModel
+from megagpt.drafts import GUESSED, SAME, Drafts
 from megagpt.errors import ConfigError
 from megagpt.generate import Sampling, continue_texts, generate, sample
 from megagpt.model.build import build_model
 from megagpt.model.init import init_weights
+from megagpt.model.packed import row_invariant
 from megagpt.tokenizer import open_tokenizer
 
 GPT2 = GPT2Model(family="gpt2", n_layer=2, n_head=4, d_model=32, vocab_size=67, max_seq_len=40)
@@ -197,3 +202,48 @@ def test_texts_are_continued_up_to_the_end_of_text_token(tmp_path):
     letters_of = ["".join(chr(97 + token) for token in row) for row in expected]
     assert texts == ["hi" + letters_of[0], "there" + letters_of[1], letters_of[2]]
     assert [len(row) for row in expected] == [10, 5, 6]  # the last two end at the end-of-text token
+
+
+@FAMILIES
+@pytest.mark.parametrize("n_stops", [0, 3])
+def test_guessed_tokens_change_no_text_and_save_passes(config, n_stops, monkeypatch):
+    model = build_model(config.model_copy(update={"max_seq_len": 200, "vocab_size": 31}))
+    init_weights(model, 4)
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(31, (n,), generator=generator).tolist() for n in (1, 2, 17, 40, 3)]
+    stops = range(n_stops)
+    model.packing = row_invariant(model.sizes.d_model, torch.get_num_threads())
+    passes = Counter()
+    decode = model.decode
+
+    def counted(*words):
+        passes[way] += 1
+        return decode(*words)
+
+    monkeypatch.setattr(model, "decode", counted)
+    found = {}
+    for way, guessed in (("one by one", 0), ("guessed", 3)):
+        monkeypatch.setattr("megagpt.drafts.GUESSED", guessed)
+        found[way] = generate(model, prompts, 150, stop_ids=stops)
+    assert found["guessed"] == found["one by one"]
+    assert passes["guessed"] < 0.7 * passes["one by one"]
+    assert [generate(model, [prompt], 150, stop_ids=stops) for prompt in prompts] == [[one] for one in found["guessed"]]
+
+
+def test_a_row_that_is_ended_by_its_caller_ends_there_though_more_was_guessed():
+    model = build_model(GPT2.model_copy(update={"max_seq_len": 200, "vocab_size": 31}))
+    init_weights(model, 4)
+    model.packing = row_invariant(model.sizes.d_model, torch.get_num_threads())
+    (whole,) = generate(model, [[5, 6]], 100)
+    seen = []
+    (cut,) = generate(model, [[5, 6]], 100, on_token=lambda _, token: seen.append(token) or len(seen) == 41)
+    assert cut == seen == whole[:41]
+
+
+@given(st.lists(st.integers(0, 3), max_size=30), st.integers(0, 5))
+def test_a_guess_continues_the_text_as_it_went_on_the_last_time(tokens, most):
+    guess = Drafts(tokens).next(most)
+    places = [at for at in range(SAME, len(tokens)) if tokens[at - SAME : at] == tokens[-SAME:]]
+    assert len(guess) == (min(most, GUESSED) if places else 0)
+    text = tokens + guess
+    assert guess == [text[places[-1] + i] for i in range(len(guess))]

@@ -50,10 +50,12 @@ class GatheredDecoder(ParallelDecoder):
     still has one to do: one small all-reduce. Those that have not run the modules on a token that nobody reads.
     """
 
-    def decode(self, tokens: Tensor, cache: KVCache, n_new: Sequence[int]) -> Tensor:
+    def decode(
+        self, tokens: Tensor, cache: KVCache, n_new: Sequence[int], n_wanted: Sequence[int] | None = None
+    ) -> Tensor:
         """As its base."""
         decode = super().decode
-        return self._outside_inference_mode(cache, lambda: decode(tokens, cache, n_new))
+        return self._outside_inference_mode(cache, lambda: decode(tokens, cache, n_new, n_wanted))
 
     def score(
         self, tokens: Tensor, cache: KVCache, n_new: Sequence[int], wanted: Tensor, targets: Tensor

@@ -136,19 +136,23 @@ class Decoder(nn.Module):
         shape = (n_rows, slots, self.sizes.n_kv_head, self.sizes.d_head)
         return KVCache(len(self.blocks), shape, like=self.embedding.tokens.weight.detach())
 
-    def decode(self, tokens: Tensor, cache: KVCache, n_new: Sequence[int]) -> Tensor:
-        """Run the next tokens of each row, remember them in the cache, and predict what follows the last one.
+    def decode(
+        self, tokens: Tensor, cache: KVCache, n_new: Sequence[int], n_wanted: Sequence[int] | None = None
+    ) -> Tensor:
+        """Run the next tokens of each row, remember them in the cache, and predict what follows the last ones.
 
         Args:
             tokens: (B, T) int64; row b holds `n_new[b]` tokens, then anything.
             cache: from `new_cache`; it is extended.
             n_new: tokens of each row, from 1 to T.
+            n_wanted: of each row, behind how many of its last new tokens; by default 1.
 
         Returns:
-            Logits (B, V) of the token that follows each row's last new one.
+            Logits (N, V) of the tokens that follow those, row after row.
         """
-        step = PackedStep(tokens, cache, n_new, self.packing, [1] * len(tokens))
-        last = self._run(step)[0, step.kept.last()]
+        n_wanted = n_wanted or [1] * len(tokens)
+        step = PackedStep(tokens, cache, n_new, self.packing, n_wanted)
+        last = self._run(step)[0, step.kept.last(n_wanted)]
         return self.head(self.packing.fill(last))[: len(last)]
 
     def score(

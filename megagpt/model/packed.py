@@ -53,6 +53,8 @@ class Packing:
     """And to this."""
     key_multiple: int
     look: Look
+    invariant: bool
+    """A row's numbers do not depend on its batch, nor on how its tokens are split over steps."""
 
     def filled(self, n: int) -> int:
         """Tokens to run so that `n` are."""
@@ -98,10 +100,12 @@ class PackedRows:
         where[self.rows * width + self.new_columns] = torch.arange(self.n_tokens, device=self.device)
         return where[wanted]
 
-    def last(self) -> Tensor:
-        """(B,) indices of each row's last packed token."""
-        counts = torch.tensor(self.ends) - torch.tensor(self.starts)
-        return (counts.cumsum(0) - 1).to(self.device)
+    def last(self, n: Sequence[int]) -> Tensor:
+        """(sum of n,) indices of the last `n[b]` packed tokens of each row b, row after row."""
+        ends = (torch.tensor(self.ends) - torch.tensor(self.starts)).cumsum(0)
+        counts = torch.tensor(n)
+        behind = counts.cumsum(0).repeat_interleave(counts) - torch.arange(int(counts.sum()))
+        return (ends.repeat_interleave(counts) - behind).to(self.device)
 
     def packed(self, block: Tensor) -> Tensor:
         """(B, T, C) -> (1, M, C), zero behind the tokens."""
@@ -251,7 +255,7 @@ def _blocked(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor
     return summed.view(B, H, T, D).transpose(1, 2).flatten(2)
 
 
-FAST = Packing(multiple=1, least=1, key_multiple=1, look=_look_fast)
+FAST = Packing(multiple=1, least=1, key_multiple=1, look=_look_fast, invariant=False)
 
 
 def row_invariant(d_model: int, n_threads: int) -> Packing:
@@ -264,4 +268,4 @@ def row_invariant(d_model: int, n_threads: int) -> Packing:
     """
     multiple = VECTOR * n_threads
     least = multiple if n_threads <= 2 else -(-GRAIN * (n_threads - 1) // d_model) + 1
-    return Packing(multiple, least, KEYS, _look_invariant)
+    return Packing(multiple, least, KEYS, _look_invariant, invariant=True)

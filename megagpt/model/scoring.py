@@ -30,8 +30,13 @@ class ScoringModel(Protocol):
     def new_cache(self, n_rows: int, n_slots: int) -> KVCache:
         """An empty cache for `n_rows` sequences of at most `n_slots` tokens."""
 
-    def decode(self, tokens: Tensor, cache: KVCache, n_new: Sequence[int]) -> Tensor:
-        """(B, T) new tokens, `n_new[b]` of row b -> logits (B, V) of what follows each row, on every process."""
+    def decode(
+        self, tokens: Tensor, cache: KVCache, n_new: Sequence[int], n_wanted: Sequence[int] | None = None
+    ) -> Tensor:
+        """(B, T) new tokens, `n_new[b]` of row b -> logits (N, V) of what follows the last ones, on every process.
+
+        Of row b the last `n_wanted[b]`, row after row; by default the last one.
+        """
 
     def score(
         self, tokens: Tensor, cache: KVCache, n_new: Sequence[int], wanted: Tensor, targets: Tensor

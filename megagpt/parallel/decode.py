@@ -79,14 +79,17 @@ class ParallelDecoder(nn.Module):
         n_layer = max(1, sum(len(leg.blocks) for leg in self.legs))  # a stage may hold the head alone
         return KVCache(n_layer, (n_rows, slots, heads, self.sizes.d_head), like=self.weight.detach())
 
-    def decode(self, tokens: Tensor, cache: KVCache, n_new: Sequence[int]) -> Tensor:
-        """As `Decoder.decode`: logits (B, V) of what follows each row's last new token, on every process."""
-        step = PackedStep(tokens, cache, n_new, self.packing, [1] * len(tokens) if self._ends_here else None)
+    def decode(
+        self, tokens: Tensor, cache: KVCache, n_new: Sequence[int], n_wanted: Sequence[int] | None = None
+    ) -> Tensor:
+        """As `Decoder.decode`, on every process."""
+        n_wanted = n_wanted or [1] * len(tokens)
+        step = PackedStep(tokens, cache, n_new, self.packing, n_wanted if self._ends_here else None)
         hidden = self._hidden(step)
         if hidden is None:
-            logits = self.weight.new_empty(len(tokens), self.sizes.vocab_size)
+            logits = self.weight.new_empty(sum(n_wanted), self.sizes.vocab_size)
         else:
-            last = hidden[0, step.kept.last()]
+            last = hidden[0, step.kept.last(n_wanted)]
             logits = self._whole(self._head(self.packing.fill(last))[: len(last)])
         return self._from_head(logits)
 
