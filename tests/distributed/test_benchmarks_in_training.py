@@ -44,7 +44,7 @@ def command(run_dir, tokens, tokenizer_file, *more):  # noqa: F811
 
 
 GPT2 = ("model.dropout=0.1", "model.n_head=4", "model.d_model=32", "model.n_layer=4")
-LLAMA = ("model.n_kv_head=2", "model.n_layer=4")
+LLAMA = ("model.n_kv_head=2", "model.n_layer=4", "model.d_model=32", "model.d_ff=64")
 TP, PP = "parallel.tensor=2", "parallel.pipeline=2"
 ZERO3 = ("parallel.zero_stage=3", "parallel.keep_gathered_below_elements=0")  # every weight is gathered at each use
 FAST = {
