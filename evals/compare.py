@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from evals.compare_judged import judged_difference, judges_differ
 from evals.results import TaskResult
 from evals.sample_files import DocumentScores, document_scores, read_results, read_samples, step_folders
 from evals.stats import (
@@ -212,6 +213,8 @@ def _compare_task(task: str, a: Side, b: Side) -> list[Difference] | Refusal:
     reasons = _settings_differ(*results)
     if reasons:
         return Refusal(task, a.label, b.label, tuple(reasons), differs=True)
+    if results[0].is_judged and results[1].is_judged:
+        return _compare_judged(results, a, b)
     scores_a, scores_b = (
         document_scores(side.results[task], read_samples(side.folder, side.results[task])) for side in (a, b)
     )
@@ -314,3 +317,37 @@ def _z_test(difference: float, stderr: float) -> float:
     if stderr == 0:
         return 1.0 if difference == 0 else 0.0
     return math.erfc(abs(difference) / stderr / math.sqrt(2))
+
+
+def _compare_judged(results: tuple[TaskResult, TaskResult], a: Side, b: Side) -> list[Difference] | Refusal:
+    """Points of the same judge, by question."""
+    task = results[0].task
+    if reasons := judges_differ(*results):
+        return Refusal(task, a.label, b.label, tuple(reasons), differs=True)
+    rows_a, rows_b = (read_samples(side.folder, result) for side, result in zip((a, b), results, strict=True))
+    try:
+        judged = judged_difference(results, (rows_a, rows_b))
+    except EvalError as error:
+        return Refusal(task, a.label, b.label, (str(error),))
+    found, p = judged.found, _z_test(judged.found.value, judged.stderr)
+    return [
+        Difference(
+            task,
+            judged.metric,
+            a.label,
+            b.label,
+            n=found.n,
+            score_a=judged.mean_a,
+            score_b=judged.mean_b,
+            difference=found.value,
+            ci95=found.ci95,
+            n_clusters=found.n_clusters,
+            only_a=None,
+            only_b=None,
+            test=judged.test,
+            p=p,
+            p_holm=p,
+            detectable=minimum_detectable_difference(judged.stderr) if judged.stderr > 0 else None,
+            higher_is_better=True,
+        )
+    ]

@@ -1,8 +1,8 @@
 """`megagpt eval items`: the documents of tasks as texts that must not stand in training data.
 
 One line a document: `task`, the leaf task's name, `id`, the document's number as `doc_id` of the samples files has it,
-and `texts`: the prompt without examples followed by the right answer, and the question by itself. The data pipeline's
-`decontamination.items` reads such files.
+and `texts`: the prompt without examples followed by the right answer, and the question by itself; of MT-Bench the
+turns, with and without their reference answers. The data pipeline's `decontamination.items` reads such files.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 from lm_eval.api.task import Task
 
 from evals.humaneval import HUMANEVAL, item_rows
+from evals.mt_bench.items import MT_BENCH, question_items
 from evals.prompts import kept_templates
 from evals.scoring import quiet_bars
 from evals.suites import resolve_tasks
@@ -29,7 +30,7 @@ def write_items(names: tuple[str, ...], data_dir: Path | None, out: Path, suites
     """Write the documents of all tasks to one file.
 
     Args:
-        names: tasks, groups, tags and suites; `heldout` of a suite has no documents and is passed over.
+        names: tasks, groups, tags, suites, and `mt_bench`; `heldout` of a suite has no documents and is passed over.
         data_dir: local benchmark data; what is not there comes from the hub.
         out: jsonl file to write.
         suites_dir: where suites lie.
@@ -90,6 +91,9 @@ def _rows_of(name: str, data_dir: Path | None, cache_dir: Path) -> tuple[dict[st
     """Leaf tasks with their documents, and where these come from."""
     if name == HUMANEVAL:  # lm-eval's definition of it runs code when it is loaded
         rows, origin = item_rows(data_dir, cache_dir)
+        return {name: rows}, origin
+    if name == MT_BENCH:  # no task of lm-eval's: a judge rates its answers
+        rows, origin = question_items(data_dir)
         return {name: rows}, origin
     loaded = load_task(plan_task(name, data_dir, cache_dir))
     return {leaf: list(_rows(leaf, task)) for leaf, task in loaded.tasks.items()}, loaded.data

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 from lm_eval.api.instance import Instance
 
+from evals.chat import ChatTemplate
 from evals.judge.ask import FAILED, Judgement, JudgementFile, JudgeRequest
 from evals.judge.choose import JudgeOptions, open_judge
-from evals.judged_model import JudgedModel, ModelRequest
+from evals.judged_model import JudgedModel, ModelRequest, explain_other_code
 from evals.lines import append_line, read_lines
 from evals.mt_bench.scores import bootstrap_metric
 from evals.results import TaskResult
@@ -126,7 +127,7 @@ def run_answers(
     judge = open_judge(request.judge, parse_score)
     task = f"answers_{request.file.stem}"
     max_new_tokens = min(request.max_new_tokens, model.max_seq_len // 2)
-    answers = _answer_all(
+    answers, n_other_code = _answer_all(
         model, rows, max_new_tokens, model.out / f"{task}.answers.jsonl", lambda *at: on_progress("answers", *at)
     )
     requests = [judge_request(row, answers[row.number][0]) for row in rows]
@@ -139,6 +140,7 @@ def run_answers(
     settings = {
         "limit": request.limit,
         "judge": judge.name,
+        "judge_settings": dict(judge.settings),
         "judge_prompt": JUDGE_PROMPT,
         "max_new_tokens": max_new_tokens,
         "temperature": 0,
@@ -146,10 +148,12 @@ def run_answers(
     values = np.array([[np.nan if found.score is None else found.score] for found in scored])
     metric = bootstrap_metric(values)
     failures = sum(found.score is None for found in scored)
+    told = [f"{failures} of {len(rows)} judgements have no score and are left out"] if failures else []
+    told += [*explain_other_code(n_other_code), *file.told()]
     result = TaskResult(
         **model.header(task, settings, {"path_or_id": str(request.file), "sha256": _sha256(request.file)}),
         status="ok",
-        reason=f"{failures} of {len(rows)} judgements have no score and are left out" if failures else "",
+        reason="; ".join(told),
         task_version="1",
         n_shots=0,
         n=len(rows),
@@ -188,16 +192,17 @@ def format_extremes(scored: Sequence[ScoredRow], n: int = 3) -> str:
 
 def _answer_all(
     model: JudgedModel, rows: Sequence[Row], max_new_tokens: int, path: Path, on_progress: Callable[[int, int], None]
-) -> dict[int, tuple[str, bool]]:
-    """Row number -> (answer, whether its prompt was cut); greedy, stored batch by batch."""
+) -> tuple[dict[int, tuple[str, bool]], int]:
+    """Row number -> (answer, whether its prompt was cut), greedy, stored batch by batch; how many are made again."""
     template = model.template
     prompts = {row.number: template.prompt([(_user_text(row, template.name), None)]) for row in rows}
     settings = {"hash": model.checkpoint.hash, "dtype": model.request.dtype, "max_new_tokens": max_new_tokens}
-    identities = {
-        number: hashlib.sha256(json.dumps([settings, asdict(template), prompt]).encode()).hexdigest()
-        for number, prompt in prompts.items()
-    }
-    stored = {row.get("identity"): row for row in read_lines(path)}
+    by_code = {**settings, "tokenizer": model.tokenizer.fingerprint, "code": model.code}
+    identities = {number: _identity(by_code, template, prompt) for number, prompt in prompts.items()}
+    without_code = {number: _identity(settings, template, prompt) for number, prompt in prompts.items()}
+    lines = read_lines(path)
+    stored = {row.get("identity"): row for row in lines}
+    of_other_code = {row.get("identity_without_code", row.get("identity")) for row in lines}
     known = {
         number: (stored[identity]["response"], bool(stored[identity]["truncated"]))
         for number, identity in identities.items()
@@ -205,6 +210,7 @@ def _answer_all(
     }
     on_progress(len(known), len(rows))
     missing = [number for number in prompts if number not in known]
+    n_other_code = sum(without_code[number] in of_other_code for number in missing)
     arguments = {"until": list(template.stops), "max_gen_toks": max_new_tokens, "do_sample": False}
     for start in range(0, len(missing), model.request.batch_size):
         batch = missing[start : start + model.request.batch_size]
@@ -217,10 +223,14 @@ def _answer_all(
         cut = model.lm.truncated.get("answers", set())
         for number, text in zip(batch, texts, strict=True):
             known[number] = (text.strip(), number in cut)
-            line = {"id": number, "identity": identities[number], "response": text.strip(), "truncated": number in cut}
-            append_line(path, line)
+            identity = {"identity": identities[number], "identity_without_code": without_code[number]}
+            append_line(path, {"id": number, **identity, "response": text.strip(), "truncated": number in cut})
         on_progress(len(known), len(rows))
-    return known
+    return known, n_other_code
+
+
+def _identity(settings: dict[str, Any], template: ChatTemplate, prompt: str) -> str:
+    return hashlib.sha256(json.dumps([settings, asdict(template), prompt]).encode()).hexdigest()
 
 
 def _user_text(row: Row, template: str) -> str:

@@ -12,10 +12,12 @@ import lm_eval
 
 from evals.backend import MegaGPTLM
 from evals.chat import TEMPLATES, ChatTemplate
+from evals.judged_code import ANSWERING, judged_code
 from evals.results import hash_settings
 from evals.run import DTYPES
 from megagpt.checkpoint.open import Checkpoint, open_checkpoint
 from megagpt.errors import EvalError
+from megagpt.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,16 @@ class JudgedModel:
         return f"{self.checkpoint.run_dir.resolve().name}-{self.checkpoint.step}-{self.checkpoint.hash[:12]}"
 
     @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The one that the weights were trained with."""
+        return self.checkpoint.tokenizer()
+
+    @functools.cached_property
+    def code(self) -> str:
+        """Fingerprint of what computes and writes answers."""
+        return judged_code(ANSWERING)
+
+    @functools.cached_property
     def lm(self) -> MegaGPTLM:
         """The weights behind lm-eval's interface."""
         return self.backend(lambda _done, _total: None)
@@ -66,7 +78,7 @@ class JudgedModel:
         """A fresh one."""
         return MegaGPTLM(
             self.checkpoint.load_model(DTYPES[self.request.dtype], self.request.device),
-            self.checkpoint.tokenizer(),
+            self.tokenizer,
             max_seq_len=self.max_seq_len,
             batch_size=self.request.batch_size,
             on_progress=on_progress,
@@ -79,6 +91,8 @@ class JudgedModel:
             "dtype": self.request.dtype,
             "max_seq_len": self.max_seq_len,
             "template": self.request.template,
+            "tokenizer": self.tokenizer.fingerprint,
+            "answers_code": self.code,
             **settings,
         }
         return {
@@ -99,3 +113,8 @@ class JudgedModel:
         """Of the answers that were made now; those of earlier calls ran then."""
         lm = self.__dict__.get("lm")  # where no answer was missing, the weights were never loaded
         return {} if lm is None else {"tokens_computed": lm.tokens_computed, "tokens_naive": lm.tokens_naive}
+
+
+def explain_other_code(n: int) -> list[str]:
+    """That stored answers were not used, where some were not."""
+    return [f"{n} stored answers were made by other code or another tokenizer: answered again"] if n else []

@@ -19,6 +19,7 @@ from evals.report_examples import Example, examples
 from evals.report_inputs import RunFolder, read_run_folder
 from evals.report_json import to_json
 from evals.report_judged import Judged, judged, judged_charts
+from evals.report_judged_split import split_judged
 from evals.report_page import render
 from evals.report_published import MOST_ROWS, published, published_charts, sources_of
 from evals.report_scores import Score, Unavailable, score_charts, score_rows, subject_maps
@@ -120,6 +121,7 @@ def measure(run: RunFolder) -> Measured:
     """Read every result's answers once; examples and contamination only of the newest scores."""
     found = Measured()
     last = last_scored(run)
+    judged_splits: dict[str, SplitScore | NotSplit] = {}  # of each task that of its newest step
     for evals in run.evals:
         for result in evals.results:
             if result.status != "ok":
@@ -128,6 +130,8 @@ def measure(run: RunFolder) -> Measured:
             rows = read_samples(evals.folder, result)
             if result.is_judged:
                 found.judged.append(judged(evals.step, result, rows))
+                if run.contamination is not None:
+                    judged_splits[result.task] = split_judged(evals.step, result, rows, run.contamination)
                 continue
             found.scores += score_rows(evals.step, result, rows)
             if evals.step != last or not rows:
@@ -139,6 +143,8 @@ def measure(run: RunFolder) -> Measured:
                     found.not_split.append(split)
                 else:
                     found.splits += split
+    found.splits += [split for split in judged_splits.values() if isinstance(split, SplitScore)]
+    found.not_split += [split for split in judged_splits.values() if isinstance(split, NotSplit)]
     return found
 
 

@@ -31,6 +31,18 @@ _NAMES = {
 }
 
 
+_OF_THE_JUDGE = {
+    "server": "server",
+    "weights": "weights",
+    "dtype": "precision",
+    "arithmetic": "arithmetic",
+    "template": "chat format",
+    "max_tokens": "tokens a judgement, at most",
+    "sha256": "file (sha256)",
+}
+"""What `evals.judge.ask.Judge.settings` may hold -> its name in the report."""
+
+
 @dataclass(frozen=True, slots=True)
 class Scale:
     """The points that a judge may give."""
@@ -248,6 +260,10 @@ def _shown_settings(settings: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     ):
         if settings.get(key) is not None:
             yield name, str(settings[key])
+    judge = settings.get("judge_settings") or {}
+    for key, name in _OF_THE_JUDGE.items():
+        if judge.get(key) is not None:
+            yield f"the judge's {name}", str(judge[key])
 
 
 def _cut(text: str) -> str:

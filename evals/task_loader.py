@@ -210,6 +210,8 @@ def hub_problem() -> str | None:
 
 def _find_index(name: str) -> Mapping[str, Entry]:
     """Definitions by name: ours, the folders of lm-eval that are named like the task, or (seconds) all of lm-eval's."""
+    if name == "mt_bench":
+        raise EvalError("mt_bench is no task of lm-eval's: a judge rates its answers, `megagpt eval mt-bench`")
     named_alike = [LM_EVAL_TASKS / name.split("_")[0], *(folder / name for folder in LM_EVAL_TASKS.iterdir())]
     folders = [OWN_TASKS, *(folder for folder in named_alike if folder.is_dir())]
     index: Mapping[str, Entry] = TaskManager(include_path=folders, include_defaults=False).task_index

@@ -41,7 +41,15 @@ _JUDGE_OPTIONS = (
         "--judge-template",
         type=click.Choice(["plain", "alpaca"]),
         default="plain",
+        show_default=True,
         help="Chat format of a checkpoint that judges.",
+    ),
+    click.option(
+        "--judge-batch-size",
+        type=click.IntRange(min=1),
+        default=8,
+        show_default=True,
+        help="Judgements a batch, of a checkpoint that judges.",
     ),
 )
 
@@ -165,6 +173,7 @@ def _judge_options(options: dict[str, Any]) -> Any:
         tries=options["judge_tries"],
         template=options["judge_template"],
         device=options["device"],
+        batch_size=options["judge_batch_size"],
     )
 
 

@@ -52,13 +52,14 @@ def eval_compare(evaluations: tuple[Path, ...], as_json: bool, out: Path | None)
     "contamination",
     **examples(
         "megagpt eval contamination --checkpoint runs/quickstart --tasks arc_easy,hellaswag,mmlu --data eval_data",
+        "megagpt eval contamination --checkpoint runs/quickstart --tasks core,mt_bench --data eval_data",
         "megagpt eval contamination --tokens data/mine/tokens_train --tasks core --out contamination.json",
         "megagpt eval contamination --checkpoint runs/a --listed data/mine/contaminated_items.jsonl --tasks gsm8k",
     ),
 )
 @click.option("--checkpoint", "run_dir", type=PATH, help="A run: its training tokens are scanned, its report shows it.")
 @click.option("--tokens", type=PATH, multiple=True, help="A .bin/.idx pair without the ending, in place of the run's.")
-@click.option("--tasks", required=True, help="Task names and suites (configs/evals), comma-separated.")
+@click.option("--tasks", required=True, help="Task names, suites (configs/evals), mt_bench; comma-separated.")
 @click.option("--data", "data_dir", type=PATH, help="Folder of local benchmark data; what it lacks comes from the hub.")
 @click.option(
     "--listed",

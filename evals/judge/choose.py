@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from evals.backend import MegaGPTLM
 from evals.chat import TEMPLATES
+from evals.invariance import make_batch_invariant
 from evals.judge.ask import Judge
 from evals.judge.http import ServerJudge, ServerSettings
-from evals.judge.local import CheckpointJudge
+from evals.judge.local import CheckpointJudge, describe_arithmetic
 from evals.judge.replay import ReplayJudge
+from evals.judged_code import JUDGING, judged_code
 from megagpt.checkpoint.open import open_checkpoint
 from megagpt.errors import EvalError
 
@@ -36,7 +41,8 @@ class JudgeOptions:
     batch_size: int = 8
 
     def __repr__(self) -> str:
-        return f"JudgeOptions({self.spec!r}, model={self.model!r})"
+        spec = re.split(r"[?#]", re.sub(r"//[^/@]*@", "//", self.spec))[0]  # no password, no key
+        return f"JudgeOptions({spec!r}, model={self.model!r})"
 
 
 def open_judge(options: JudgeOptions, parse: Callable[[str], float]) -> Judge:
@@ -65,12 +71,20 @@ def open_judge(options: JudgeOptions, parse: Callable[[str], float]) -> Judge:
 
 
 def _open_checkpoint(path: Path, options: JudgeOptions) -> CheckpointJudge:
+    if options.template not in TEMPLATES:
+        raise EvalError(f"the judge's template '{options.template}' is none; known are {', '.join(TEMPLATES)}")
     found = open_checkpoint(path)
-    lm = MegaGPTLM(
-        found.load_model(device=options.device),
-        found.tokenizer(),
-        max_seq_len=found.model_config.max_seq_len,
-        batch_size=options.batch_size,
-    )
+    model, tokenizer = found.load_model(torch.float32, options.device), found.tokenizer()
+    # A judge whose last digits follow from its neighbours would now and then write another word.
+    is_row_invariant = make_batch_invariant(model)
+    lm = MegaGPTLM(model, tokenizer, max_seq_len=found.model_config.max_seq_len, batch_size=options.batch_size)
+    described = {
+        "weights": found.hash,
+        "step": found.step,
+        "dtype": "fp32",
+        "arithmetic": describe_arithmetic(lm, is_row_invariant=is_row_invariant),
+        "tokenizer": tokenizer.fingerprint,
+        "code": judged_code(JUDGING),
+    }
     identity = f"checkpoint {found.hash[:16]} step {found.step}"
-    return CheckpointJudge(lm, identity, TEMPLATES[options.template])
+    return CheckpointJudge(lm, identity, TEMPLATES[options.template], described)

@@ -6,6 +6,7 @@ import http.client
 import json
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -17,6 +18,7 @@ from megagpt.errors import EvalError
 
 MAX_TOKENS = 2048
 """Of a judgement. Source: FastChat, llm_judge/common.py."""
+TEMPERATURE = 0
 RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 MAX_WAIT_SECONDS = 60.0
 
@@ -49,15 +51,30 @@ class ServerJudge:
 
     url: str
     """Base, such as http://127.0.0.1:8000/v1."""
-    settings: ServerSettings
+    server: ServerSettings
     key: str | None = field(default=None, repr=False)
     """Sent in the Authorization header and nowhere else: never stored, never told."""
     sleep: Callable[[float], None] = time.sleep
 
+    def __post_init__(self) -> None:
+        """Refuse an address that is none or that holds a secret."""
+        server_address(self.url)
+
     @property
     def name(self) -> str:
         """The model that judges."""
-        return self.settings.model
+        return self.server.model
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Which model of which server, and how it is asked."""
+        return {
+            "kind": "server",
+            "server": self._without_key(server_address(self.url)),
+            "model": self.server.model,
+            "temperature": TEMPERATURE,
+            "max_tokens": MAX_TOKENS,
+        }
 
     def ask_all(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[JudgeRequest, str]]:
         """Several at a time. The first that fails for good ends it; those under way are still given out.
@@ -76,7 +93,7 @@ class ServerJudge:
                 failures.append(error)
                 return None
 
-        with ThreadPoolExecutor(max_workers=self.settings.parallel) as pool:
+        with ThreadPoolExecutor(max_workers=self.server.parallel) as pool:
             futures = {pool.submit(ask, request): request for request in requests}
             try:
                 for future in as_completed(futures):
@@ -92,21 +109,21 @@ class ServerJudge:
         if request.system:
             messages.insert(0, {"role": "system", "content": request.system})
         content = {
-            "model": self.settings.model,
+            "model": self.server.model,
             "messages": messages,
-            "temperature": 0,
+            "temperature": TEMPERATURE,
             "max_tokens": MAX_TOKENS,
         }
-        wait = self.settings.first_wait_seconds
-        for number in range(1, self.settings.tries + 1):
+        wait = self.server.first_wait_seconds
+        for number in range(1, self.server.tries + 1):
             try:
                 return _text_of(self._post(content))
             except _Transient as error:
-                if number == self.settings.tries:
+                if number == self.server.tries:
                     raise EvalError(f"judge {self.url}: {error} ({number} tries)") from None
                 self.sleep(min(MAX_WAIT_SECONDS, wait if error.wait is None else error.wait))
                 wait *= 2
-        raise EvalError(f"judge {self.url}: {self.settings.tries} tries; at least 1 is needed")
+        raise EvalError(f"judge {self.url}: {self.server.tries} tries; at least 1 is needed")
 
     def _post(self, content: Mapping[str, Any]) -> bytes:
         headers = {"Content-Type": "application/json"}
@@ -116,7 +133,7 @@ class ServerJudge:
         request = urllib.request.Request(address, json.dumps(content).encode(), headers, method="POST")
         opener = urllib.request.build_opener(_NoRedirect)
         try:
-            with opener.open(request, timeout=self.settings.timeout_seconds) as response:
+            with opener.open(request, timeout=self.server.timeout_seconds) as response:
                 answer: bytes = response.read()
                 return answer
         except urllib.error.HTTPError as error:
@@ -129,6 +146,28 @@ class ServerJudge:
 
     def _without_key(self, text: str) -> str:
         return text if not self.key else text.replace(self.key, "[key]")
+
+
+def server_address(url: str) -> str:
+    """What tells one server from another: scheme, host, port and path.
+
+    Raises:
+        EvalError: it names no host, or holds a user, a password or a query, which would be stored and shown.
+    """
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host = parts.hostname or ""
+        where = f"{host}:{parts.port}" if parts.port is not None else host
+    except ValueError:
+        host = where = ""
+    if not host:
+        raise EvalError("judge: its URL names no host, or a port that is none; expected http://HOST:PORT/v1")
+    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
+        raise EvalError(
+            f"judge {parts.scheme}://{where}: its URL holds a user, a password or a query (not shown here); give the "
+            "bare URL, and the key in an environment variable that --judge-key-env names"
+        )
+    return f"{parts.scheme}://{parts.netloc.lower()}{parts.path.rstrip('/')}"
 
 
 class _Transient(Exception):  # noqa: N818 - it says what is

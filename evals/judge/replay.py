@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ class ReplayJudge:
             raise EvalError(f"{path}: judgements of {', '.join(models)}; name one with --judge-model")
         self.path = path
         self._parse = parse
+        self._sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         self._rows: dict[tuple[int, int], dict[str, Any]] = {}
         for row in rows:
             key = (_integer(row, "question_id", path), _integer(row, "turn", path))
@@ -47,6 +50,12 @@ class ReplayJudge:
         """The judge that the file names, marked as replayed."""
         judges = sorted({str(_first(row.get("judge"))) for row in self._rows.values()})
         return f"replayed: {', '.join(judges) or 'nobody'}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The file, and what its lines say of the judge that they came from."""
+        said = {json.dumps(row.get("judge_settings"), sort_keys=True) for row in self._rows.values()}
+        return {"kind": "replay", "sha256": self._sha256, "said": [json.loads(one) for one in sorted(said)]}
 
     def ask_all(self, requests: Sequence[JudgeRequest]) -> Iterator[tuple[JudgeRequest, str]]:
         """What the file has for each.

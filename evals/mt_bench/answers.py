@@ -21,6 +21,10 @@ MAX_NEW_TOKENS = 1024
 """Of an answer. Source: FastChat, llm_judge/gen_model_answer.py."""
 
 
+BY_CODE = ("code", "tokenizer")
+"""The settings that no option of the user's changes: where they alone differ, the user is told why he waits."""
+
+
 @dataclass(frozen=True)
 class AnswerSettings:
     """What decides an answer, beside weights and question."""
@@ -29,12 +33,22 @@ class AnswerSettings:
     dtype: str
     template: ChatTemplate
     max_new_tokens: int
+    tokenizer: str
+    """Fingerprint."""
+    code: str
+    """Of what computes and writes answers (`evals.answers.code_version`)."""
     seed: int = 0
 
     def identity(self, question: Question) -> str:
         """sha256 of all of it."""
-        content = {**asdict(self), "question": asdict(question), "temperature": TEMPERATURES[question.category]}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return _hash(self._content(question))
+
+    def identity_without_code(self, question: Question) -> str:
+        """sha256 of all but code and tokenizer; before they were part of it, this was the identity."""
+        return _hash({name: value for name, value in self._content(question).items() if name not in BY_CODE})
+
+    def _content(self, question: Question) -> dict[str, Any]:
+        return {**asdict(self), "question": asdict(question), "temperature": TEMPERATURES[question.category]}
 
 
 @dataclass(frozen=True)
@@ -45,6 +59,16 @@ class Answer:
     turns: tuple[str, str]
     truncated: bool
     """Whether a turn's prompt lost its beginning because it exceeds the model's context."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """The answers that were asked for."""
+
+    answers: list[Answer]
+    """In the questions' order."""
+    n_other_code: int
+    """Of them those that the file had from other code or another tokenizer, and that were made again."""
 
 
 def room_for_answers(max_length: int) -> int:
@@ -59,7 +83,7 @@ def answer_all(
     path: Path,
     model_id: str,
     on_progress: Callable[[int, int], None],
-) -> list[Answer]:
+) -> Answered:
     """Answers in the questions' order; those that the file has for the same settings are not made again.
 
     Args:
@@ -71,22 +95,23 @@ def answer_all(
         on_progress: told how many questions are answered, and of how many.
     """
     wanted = {settings.identity(question): question for question in questions}
-    known = {
-        wanted[row["identity"]].question_id: _from_row(row) for row in read_lines(path) if row.get("identity") in wanted
-    }
+    rows = read_lines(path)
+    known = {wanted[row["identity"]].question_id: _from_row(row) for row in rows if row.get("identity") in wanted}
     on_progress(len(known), len(questions))
     missing = [question for question in questions if question.question_id not in known]
+    of_other_code = {row.get("identity_without_code", row.get("identity")) for row in rows}
+    n_other_code = sum(settings.identity_without_code(question) in of_other_code for question in missing)
     missing.sort(key=lambda question: TEMPERATURES[question.category])  # a batch has one temperature
     if not missing:
-        return [known[question.question_id] for question in questions]
+        return Answered([known[question.question_id] for question in questions], 0)
     lm = get_lm()
     for start in range(0, len(missing), lm.batch_size):
         batch = missing[start : start + lm.batch_size]
         for question, answer in zip(batch, _answer_batch(lm, batch, settings), strict=True):
-            append_line(path, _to_row(answer, settings.identity(question), model_id))
+            append_line(path, to_row(question, answer, settings, model_id))
             known[question.question_id] = answer
         on_progress(len(known), len(questions))
-    return [known[question.question_id] for question in questions]
+    return Answered([known[question.question_id] for question in questions], n_other_code)
 
 
 def _answer_batch(lm: MegaGPTLM, batch: Sequence[Question], settings: AnswerSettings) -> list[Answer]:
@@ -133,7 +158,9 @@ def _continue(
     return [text.strip() for text in lm.generate_until(requests)]
 
 
-def _to_row(answer: Answer, identity: str, model_id: str) -> dict[str, Any]:
+def to_row(question: Question, answer: Answer, settings: AnswerSettings, model_id: str) -> dict[str, Any]:
+    """A line of the file."""
+    identity = settings.identity(question)
     return {
         "question_id": answer.question_id,
         "answer_id": identity[:22],
@@ -141,6 +168,7 @@ def _to_row(answer: Answer, identity: str, model_id: str) -> dict[str, Any]:
         "choices": [{"index": 0, "turns": list(answer.turns)}],
         "tstamp": time.time(),
         "identity": identity,
+        "identity_without_code": settings.identity_without_code(question),
         "truncated": answer.truncated,
     }
 
@@ -148,3 +176,7 @@ def _to_row(answer: Answer, identity: str, model_id: str) -> dict[str, Any]:
 def _from_row(row: dict[str, Any]) -> Answer:
     first, second = row["choices"][0]["turns"]
     return Answer(row["question_id"], (first, second), bool(row["truncated"]))
+
+
+def _hash(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

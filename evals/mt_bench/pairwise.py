@@ -18,7 +18,7 @@ import numpy as np
 
 from evals.judge.ask import FAILED, Judgement, JudgementFile, JudgeRequest
 from evals.judge.choose import open_judge
-from evals.judged_model import JudgedModel
+from evals.judged_model import JudgedModel, explain_other_code
 from evals.mt_bench.answers import Answer
 from evals.mt_bench.data import Benchmark, Question, load_benchmark
 from evals.mt_bench.prompts import JudgePrompt
@@ -80,26 +80,28 @@ def run_pairwise(
     one, other = JudgedModel(request.model), JudgedModel(against.model)
     if one.checkpoint.hash == other.checkpoint.hash:
         raise EvalError(f"{against.model.checkpoint}: the same weights as {request.model.checkpoint}; name another")
-    firsts = stored_answers(one, questions, request.seed, lambda *at: on_progress("answers", *at))
-    seconds = stored_answers(other, questions, against.seed, lambda *at: on_progress("answers of the other", *at))
+    mine = stored_answers(one, questions, request.seed, lambda *at: on_progress("answers", *at))
+    theirs = stored_answers(other, questions, against.seed, lambda *at: on_progress("answers of the other", *at))
+    firsts, seconds = mine.answers, theirs.answers
     judge = open_judge(request.judge, parse_verdict)
     judged = []
+    told = explain_other_code(mine.n_other_code + theirs.n_other_code)
     for place, (left, a, right, b) in enumerate(((one, firsts, other, seconds), (other, seconds, one, firsts))):
         names = f"{left.model_id} | {right.model_id}"
         file = JudgementFile(one.out / f"{TASK}.judgements.jsonl", names, judge, parse_verdict)
         what = "judgements" if place == 0 else "judgements with places exchanged"
         requests = pair_requests(benchmark, questions, a, b)
         judged.append(file.judge_all(requests, functools.partial(on_progress, what)))
+        told += file.told()
     matches = match_all(questions, judged[0], judged[1])
     failures = sum(judgement.score == FAILED for judgements in judged for judgement in judgements)
-    told = (
-        [f"{failures} of {2 * len(matches)} judgements have no verdict; their turns are left out"] if failures else []
-    )
+    if failures:
+        told.insert(0, f"{failures} of {2 * len(matches)} judgements have no verdict; their turns are left out")
     rival = {"run": str(other.checkpoint.run_dir), "step": other.checkpoint.step, "hash": other.checkpoint.hash}
     result = make_result(
         one,
         task=TASK,
-        settings={**shared_settings(request, benchmark, questions, judge.name), "against": rival},
+        settings={**shared_settings(request, benchmark, questions, judge), "against": rival},
         benchmark=benchmark,
         questions=questions,
         answers=firsts,

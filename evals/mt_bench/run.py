@@ -8,7 +8,7 @@ from typing import Any
 
 from evals.judge.ask import FAILED, Judgement, JudgementFile, JudgeRequest
 from evals.judge.choose import open_judge
-from evals.judged_model import JudgedModel
+from evals.judged_model import JudgedModel, explain_other_code
 from evals.mt_bench.answers import Answer, room_for_answers
 from evals.mt_bench.data import TEMPERATURES, Benchmark, Question, load_benchmark
 from evals.mt_bench.rating import parse_rating
@@ -44,7 +44,8 @@ def run_mt_bench(request: MTBenchRequest, on_progress: Callable[[str, int, int],
     questions = first_of_each(benchmark.questions, request.limit)
     model = JudgedModel(request.model)
     judge = open_judge(request.judge, parse_rating)
-    answers = stored_answers(model, questions, request.seed, lambda *at: on_progress("answers", *at))
+    answered = stored_answers(model, questions, request.seed, lambda *at: on_progress("answers", *at))
+    answers = answered.answers
     requests = judge_requests(benchmark, questions, answers)
     judged = JudgementFile(model.out / f"{TASK}.judgements.jsonl", model.model_id, judge, parse_rating)
     judgements = judged.judge_all(requests, lambda *at: on_progress("judgements", *at))
@@ -53,7 +54,7 @@ def run_mt_bench(request: MTBenchRequest, on_progress: Callable[[str, int, int],
         model,
         task=TASK,
         settings={
-            **shared_settings(request, benchmark, questions, judge.name),
+            **shared_settings(request, benchmark, questions, judge),
             "judge_temperature": 0,
             "temperatures": TEMPERATURES,
             "max_new_tokens": room_for_answers(model.max_seq_len),
@@ -62,7 +63,7 @@ def run_mt_bench(request: MTBenchRequest, on_progress: Callable[[str, int, int],
         benchmark=benchmark,
         questions=questions,
         answers=answers,
-        told=explain_failures(scores),
+        told=[*explain_failures(scores), *explain_other_code(answered.n_other_code), *judged.told()],
         metrics=scores.metrics,
         subtasks=scores.categories,
         seconds=time.monotonic() - started,

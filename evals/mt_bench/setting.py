@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evals.judge.ask import Judge
 from evals.judge.choose import JudgeOptions
 from evals.judged_model import JudgedModel, ModelRequest
-from evals.mt_bench.answers import Answer, AnswerSettings, answer_all, room_for_answers
+from evals.mt_bench.answers import Answer, Answered, AnswerSettings, answer_all, room_for_answers
 from evals.mt_bench.data import TEMPERATURES, WRONG_REFERENCES, Benchmark, Question
 from evals.results import TaskResult
 
@@ -31,17 +32,28 @@ class MTBenchRequest:
 
 def stored_answers(
     model: JudgedModel, questions: Sequence[Question], seed: int, on_progress: Callable[[int, int], None]
-) -> list[Answer]:
+) -> Answered:
     """The checkpoint's answers; those that are not in mt_bench.answers.jsonl are made."""
     return answer_all(
         lambda: model.lm,
         questions,
-        AnswerSettings(
-            model.checkpoint.hash, model.request.dtype, model.template, room_for_answers(model.max_seq_len), seed
-        ),
+        answer_settings(model, seed),
         model.out / f"{TASK}.answers.jsonl",
         model.model_id,
         on_progress,
+    )
+
+
+def answer_settings(model: JudgedModel, seed: int = 0) -> AnswerSettings:
+    """What decides the checkpoint's answers."""
+    return AnswerSettings(
+        model.checkpoint.hash,
+        model.request.dtype,
+        model.template,
+        room_for_answers(model.max_seq_len),
+        tokenizer=model.tokenizer.fingerprint,
+        code=model.code,
+        seed=seed,
     )
 
 
@@ -65,12 +77,13 @@ def question_fields(question: Question) -> dict[str, str]:
 
 
 def shared_settings(
-    request: MTBenchRequest, benchmark: Benchmark, questions: Sequence[Question], judge: str
+    request: MTBenchRequest, benchmark: Benchmark, questions: Sequence[Question], judge: Judge
 ) -> dict[str, Any]:
     """Settings of every result."""
     return {
         "limit": request.limit,
-        "judge": judge,
+        "judge": judge.name,
+        "judge_settings": dict(judge.settings),
         "judge_prompts": benchmark.prompts_origin,
         "seed": request.seed,
         "known_wrong_references": list(wrong_references(benchmark, questions)),

@@ -64,7 +64,7 @@ def test_judgements_are_kept_in_fastchats_format_and_not_asked_for_again(tmp_pat
     assert first == again
     row = read_lines(path)[0]
     fastchats = {"question_id", "model", "judge", "user_prompt", "judgment", "score", "turn", "tstamp"}
-    assert set(row) == fastchats | {"system_prompt"}
+    assert set(row) == fastchats | {"system_prompt", "judge_settings"}
     assert (row["model"], row["judge"], row["score"]) == ("a", ["m", "single-v1"], 7)
     assert KEY not in path.read_text()
 
@@ -82,7 +82,8 @@ def test_a_judge_that_fails_for_good_leaves_what_was_judged_and_never_tells_the_
     path = tmp_path / "j.jsonl"
 
     def reply(number, text):
-        return (200, {}, "[[5]]") if number < 2 else (401, {}, {"error": f"Incorrect API key provided: {KEY}"})
+        refused = (401, {}, {"error": f"Incorrect API key provided: {KEY}"})
+        return refused if number == 2 else (200, {}, "[[5]]" if number < 2 else "[[6]]")
 
     with judge_server(reply) as asked:
         judge = server_judge(asked.url, parallel=1)
@@ -91,11 +92,10 @@ def test_a_judge_that_fails_for_good_leaves_what_was_judged_and_never_tells_the_
         ) as caught:
             ask(judge, path)
         assert len(asked.bodies) == 3, "a refusal is not tried again, and nothing after it is sent"
+        found = ask(server_judge(asked.url), path)
+        assert len(asked.bodies) == 5
     assert KEY not in str(caught.value)
     assert KEY not in repr(judge)
-    with judge_server(lambda *_: (200, {}, "[[6]]")) as asked:
-        found = ask(server_judge(asked.url), path)
-        assert len(asked.bodies) == 2
     assert sorted(one.score for one in found) == [5, 5, 6, 6]
 
 

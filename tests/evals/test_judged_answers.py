@@ -68,6 +68,19 @@ def test_answers_are_scored_against_the_right_ones(run_dir: Path, file: Path) ->
     assert scored[3].response in prompt
 
 
+def test_answers_that_do_not_say_which_code_made_them_are_made_again_and_told(run_dir: Path, file: Path) -> None:
+    """As files were before the code was part of an answer's identity."""
+    path = run_dir / "evals" / "step_00000010" / "answers_test.answers.jsonl"
+    with judge_server(reply) as asked:
+        run_answers(request_for(run_dir, file, asked.url), lambda *_: None)
+        old = [{**row, "identity": row.pop("identity_without_code"), "response": "old"} for row in read_lines(path)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in old))
+        result, scored = run_answers(request_for(run_dir, file, asked.url), lambda *_: None)
+    assert "6 stored answers were made by other code or another tokenizer: answered again" in result.reason
+    assert "old" not in {one.response for one in scored}
+    assert result.settings["judge_settings"]["server"] == asked.url
+
+
 def test_a_row_is_shown_to_the_model_in_its_template(run_dir: Path, file: Path, monkeypatch) -> None:
     from evals.judged_answers import _user_text
 

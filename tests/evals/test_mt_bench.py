@@ -17,12 +17,12 @@ from evals.judge.choose import JudgeOptions
 from evals.judged_model import JudgedModel, ModelRequest
 from evals.lines import append_line, read_lines
 from evals.mt_bench import data as mt_data
-from evals.mt_bench.answers import Answer, AnswerSettings, _to_row, room_for_answers
+from evals.mt_bench.answers import Answer, AnswerSettings, to_row
 from evals.mt_bench.data import TEMPERATURES, WRONG_REFERENCES, describe, load_benchmark
 from evals.mt_bench.pairwise import run_pairwise
 from evals.mt_bench.run import judge_requests, run_mt_bench
 from evals.mt_bench.scores import bootstrap_metric, score
-from evals.mt_bench.setting import MTBenchRequest, first_of_each
+from evals.mt_bench.setting import MTBenchRequest, answer_settings, first_of_each
 from evals.results import TaskResult
 from megagpt.cli import main
 from megagpt.errors import EvalError
@@ -74,18 +74,14 @@ def request_for(run_dir: Path, data: Path, url: str, **changes) -> MTBenchReques
     return MTBenchRequest(ModelRequest(run_dir), data, judge, **{"limit": 1, **changes})
 
 
-def prefill(run: Path, data: Path, text: str = "an answer", limit: int = 1) -> Path:
+def prefill(run: Path, data: Path, text: str = "an answer", limit: int = 1, **changes: str) -> Path:
     """Answers as an earlier call left them: what is judged and how is then the subject alone."""
     model = JudgedModel(ModelRequest(run))
-    settings = AnswerSettings(model.checkpoint.hash, "fp32", model.template, room_for_answers(model.max_seq_len))
+    settings = replace(answer_settings(model), **changes)
     path = model.out / "mt_bench.answers.jsonl"
     for question in first_of_each(load_benchmark(data).questions, limit):
-        append_line(
-            path,
-            _to_row(
-                Answer(question.question_id, (text, text), truncated=False), settings.identity(question), model.model_id
-            ),
-        )
+        answer = Answer(question.question_id, (text, text), truncated=False)
+        append_line(path, to_row(question, answer, settings, model.model_id))
     return run
 
 
@@ -112,6 +108,9 @@ def test_answers_are_stored_and_judged_and_scored(run_dir: Path, benchmark: Path
     assert set(result.subtasks["writing"]["metrics"]) == {"average", "turn_1"}, "its second turn has no rating"
     assert result.settings["template_text"] == "User: ...\n\nAssistant:"
     assert result.settings["temperatures"] == TEMPERATURES
+    judge = result.settings["judge_settings"]
+    assert (judge["server"], judge["model"], judge["max_tokens"]) == (asked.url, "m", 2048)
+    assert {"answers_code", "tokenizer"} <= set(result.settings)
     folder = run_dir / "evals" / "step_00000010"
     assert TaskResult.read(folder / "mt_bench.json").metrics == result.metrics
     answers = read_lines(folder / "mt_bench.answers.jsonl")
@@ -137,17 +136,35 @@ def test_the_same_command_neither_answers_nor_asks_again(run_dir: Path, benchmar
 
 def test_an_answer_is_known_by_all_that_decides_it() -> None:
     question = mt_data.Question(1, "writing", ("a", "b"), None)
-    settings = AnswerSettings("hash", "fp32", TEMPLATES["plain"], 10)
+    settings = AnswerSettings("hash", "fp32", TEMPLATES["plain"], 10, "tokenizer", "code")
     others = [
         replace(settings, checkpoint_hash="other"),
         replace(settings, dtype="bf16"),
         replace(settings, template=TEMPLATES["alpaca"]),
         replace(settings, max_new_tokens=11),
         replace(settings, seed=1),
+        replace(settings, tokenizer="other"),
+        replace(settings, code="other"),
     ]
     known = {found.identity(question) for found in (settings, *others)}
-    assert len(known) == 6
+    assert len(known) == 8
     assert settings.identity(replace(question, turns=("a", "c"))) not in known
+
+
+def test_answers_of_other_code_are_made_again_and_that_is_told(run_dir: Path, benchmark: Path) -> None:
+    """Before the code was part of it, an answer's identity was what is now called the identity without code."""
+    path = run_dir / "evals" / "step_00000010" / "mt_bench.answers.jsonl"
+    prefill(run_dir, benchmark, "of other code", code="other")
+    rows = read_lines(path)
+    old = [{**row, "identity": row.pop("identity_without_code")} for row in rows[:4]]
+    write(path, [*old, *rows[4:]])
+    told = "8 stored answers were made by other code or another tokenizer: answered again"
+    with judge_server(lambda *_: (200, {}, "[[5]]")) as asked:
+        result = go(request_for(run_dir, benchmark, asked.url))
+        assert not any("of other code" in text for text in asked.prompts)
+        assert told in result.reason
+        assert told not in go(request_for(run_dir, benchmark, asked.url)).reason
+    assert len(read_lines(path)) == 16
 
 
 def test_a_killed_run_goes_on_with_the_answers_it_has(run_dir: Path, benchmark: Path) -> None:

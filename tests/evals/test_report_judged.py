@@ -136,6 +136,7 @@ def test_the_judge_is_named_and_whether_it_was_asked(written: Written, tmp_path:
     for text in (written.page, squeeze(written.markdown)):
         assert "judged by judge-7b (a model behind an OpenAI-compatible server, at temperature 0)" in text
         assert "megagpt's own prompts: not comparable with published scores" in text
+        assert re.search(r"the judge's server:? http://127\.0\.0\.1:\d+/v1", text)
     replayed = tmp_path / "judgements.jsonl"
     replayed.write_text((written.run_dir / "evals" / "step_00000010" / "mt_bench.judgements.jsonl").read_text())
     benchmark = write_benchmark(tmp_path / "data" / "mt_bench").parent
