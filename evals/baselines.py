@@ -31,6 +31,9 @@ COMPUTE_FACTOR = 2.0
 MOST_TIMES_THE_SIZE = 10.0
 """Between models of equal compute: a much larger one has hardly begun its training with it."""
 
+MOST_APART = 3
+"""Models that are named where none is comparable."""
+
 _SCORE_COLUMNS = ["model", "task", "metric", "shots", "definition", "value", "stderr", "source"]
 _SERIES_COLUMNS = ["model", "task", "metric", "steps", "values"]
 
@@ -110,8 +113,14 @@ class Neighbours:
     """The model of the nearest size."""
     apart: tuple[tuple[PublishedScore, str], ...]
     """Of about equal size and the same task, but not comparable; with the reason."""
+    nearest_apart: tuple[tuple[PublishedScore, str], ...]
+    """Where nothing is comparable, the `MOST_APART` nearest in size that are not, a row a model, with the reason."""
     not_comparable: Mapping[str, int]
     """Reason -> number of all published scores of this task that are left out for it."""
+
+    def apart_for(self, reason: str) -> list[PublishedScore]:
+        """Those of `apart` that are left out for a reason."""
+        return [score for score, why in self.apart if why == reason]
 
 
 @dataclass(frozen=True)
@@ -154,6 +163,7 @@ class Baselines:
                 for score, reason in refused
                 if parameters is not None and _away(score.model.parameters, parameters) <= PARAMETERS_FACTOR
             ),
+            nearest_apart=() if comparable else _nearest_apart(refused, parameters, metric, shots),
             not_comparable=dict(Counter(reason for _, reason in refused)),
         )
 
@@ -278,6 +288,19 @@ def _nearest(scores: Iterable[PublishedScore], wanted: float | None, size: Any) 
         return []
     known = [(score, _away(size(score), wanted)) for score in scores if size(score)]
     return sorted(known, key=lambda pair: (pair[1], pair[0].label))
+
+
+def _nearest_apart(
+    refused: Iterable[tuple[PublishedScore, str]], parameters: int | None, metric: str, shots: int | None
+) -> tuple[tuple[PublishedScore, str], ...]:
+    """The nearest in size, of each model what has most in common with ours; by name where our size is not known."""
+    found: dict[str, tuple[PublishedScore, str]] = {}
+    alike = sorted(refused, key=lambda one: (one[0].shots != shots, one[0].metric != metric))
+    for score, reason in alike:
+        found.setdefault(score.model.name, (score, reason))
+    away = {name: _away(one.model.parameters, parameters or 0) for name, (one, _) in found.items()}
+    names = sorted(found, key=lambda name: (away[name], name))
+    return tuple(found[name] for name in names[:MOST_APART])
 
 
 def _equal_compute(

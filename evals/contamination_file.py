@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megagpt.errors import EvalError
@@ -39,6 +39,8 @@ class Contamination:
     """What was scanned, in words."""
     listed: Mapping[str, int] | None
     """Leaf task -> documents that a data job's list names; None without a list."""
+    scanned: Mapping[str, int] = field(default_factory=dict)
+    """Token file that was scanned -> its tokens, all of them; none of a list."""
 
 
 def read_contamination(path: Path) -> Contamination:
@@ -63,9 +65,15 @@ def read_contamination(path: Path) -> Contamination:
         listed = None
         if content["listed"] is not None:
             listed = {name: len(table["listed"]) for name, table in content["tasks"].items()}
+        scanned = {str(row["prefix"]): int(row["tokens"]) for row in content["scanned"]}
         files = [f"{row['prefix']} ({row['tokens']:,} tokens)" for row in content["scanned"]]
         return Contamination(
-            tasks, content["data"], content["leaves"], ", ".join(files) or f"the list {content['listed']}", listed
+            tasks,
+            content["data"],
+            content["leaves"],
+            ", ".join(files) or f"the list {content['listed']}",
+            listed,
+            scanned,
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise EvalError(

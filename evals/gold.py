@@ -33,8 +33,9 @@ class GoldScores:
 def gold_scores(samples: Sequence[Mapping[str, Any]]) -> GoldScores | None:
     """From the lines of a task's samples file; None where no document has one right answer that was scored.
 
-    Documents with several right answers (truthfulqa_mc2), and tasks whose choices are different prompts (winogrande),
-    are left out; `n` says how many are in.
+    Left out are documents that are scored by what all their right answers have together (truthfulqa_mc2: `right` in
+    their lines; lm-eval gives each of them the target 0), and tasks whose choices are different prompts (winogrande);
+    `n` says how many are in.
     """
     bits, margins = [], []
     for sample in samples:
@@ -69,7 +70,7 @@ def _stderr(values: Sequence[float]) -> float | None:
 def _gold(sample: Mapping[str, Any]) -> int | None:
     """Index of the right answer among the scored ones."""
     choices, target = sample.get("choices"), sample["target"]
-    if not choices or not all(choices):
+    if not choices or not all(choices) or "right" in sample:
         return None
     if len(choices) == 1:
         return 0

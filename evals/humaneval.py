@@ -24,9 +24,11 @@ from lm_eval.api.instance import Instance
 from evals.backend import MegaGPTLM
 from evals.benchmarks import BENCHMARKS
 from evals.data import data_hash, locate
+from evals.data_checksum import checksum_of
 from evals.results import Metric, make_metric
 from evals.sample_files import PROMPT_END_CHARACTERS
 from evals.sandbox.run import DEFAULT_LIMITS, Limits, Outcome, probe, run_tests
+from evals.stats import bootstrap_interval, pass_at_k
 from evals.task_loader import DataOrigin, TaskUnavailableError, hub_problem, task_definition
 from megagpt.errors import EvalError
 
@@ -36,7 +38,6 @@ CONFIG, SPLIT = "openai_humaneval", "test"
 TOP_P = 0.95
 """Of sampled completions. Source: Chen et al. 2021, "Evaluating large language models trained on code"."""
 KS = (1, 10, 100)
-RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,8 @@ def load_problems(data_dir: Path | None, cache_dir: Path) -> tuple[list[Problem]
         )
     if folder is None:
         return problems, DataOrigin("hub", HUB_ID, None)
-    return problems, DataOrigin("local", str(folder), data_hash(folder, {CONFIG}))
+    checksum = checksum_of(folder, HUB_ID, {CONFIG})
+    return problems, DataOrigin("local", str(folder), data_hash(folder, {CONFIG}), checksum=checksum)
 
 
 def item_rows(data_dir: Path | None, cache_dir: Path) -> tuple[list[dict[str, Any]], DataOrigin]:
@@ -269,16 +271,6 @@ def run_completion(problem: Problem, completion: str, limits: Limits = DEFAULT_L
     )
 
 
-def pass_at_k(n: int, passed: int, k: int) -> float:
-    """Unbiased estimate of the probability that one of k completions passes, from n of which `passed` do.
-
-    Source: Chen et al. 2021, section 2.1, equation 1: 1 - C(n - c, k) / C(n, k), as a product.
-    """
-    if n - passed < k:
-        return 1.0
-    return 1.0 - math.prod(1.0 - k / i for i in range(n - passed + 1, n + 1))
-
-
 def pass_metrics(passed: Sequence[int], n: int) -> dict[str, Metric]:
     """pass@k with 95 % intervals: Wilson's for one completion a problem, else the bootstrap over problems.
 
@@ -299,17 +291,6 @@ def pass_metrics(passed: Sequence[int], n: int) -> dict[str, Metric]:
         else:
             metrics[f"pass@{k}"] = Metric(float(values.mean()), stderr, bootstrap_interval(values))
     return metrics
-
-
-def bootstrap_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of the mean, over resamples of the values with a fixed seed.
-
-    Source: Efron and Tibshirani 1993, "An introduction to the bootstrap", section 13.3.
-    """
-    random = np.random.default_rng(seed)
-    means = [random.choice(values, len(values)).mean() for _ in range(RESAMPLES)]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
 
 
 def sample_lines(problems: Sequence[Problem], attempts: Sequence[Attempt]) -> list[dict[str, Any]]:

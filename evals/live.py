@@ -17,6 +17,7 @@ from evals.gold import GoldScores, gold_scores
 from evals.invariance import make_batch_invariant
 from evals.live_files import LiveEvaluation, LiveTask
 from evals.run import HELDOUT
+from evals.sample_files import clustered_metrics
 from evals.scoring import Scores, quiet_bars, score_task
 from evals.sharing import Sharing
 from evals.suites import SuiteTask, resolve_tasks
@@ -94,7 +95,7 @@ class LiveBenchmarks:
                 lines.append(f"{member.task.task}: not scored: {error}")
             else:
                 gold = gold_scores(scores.samples)
-                row = _described(row, scores, gold)
+                row = described(row, scores, gold)
                 values |= _values(member.task.task, scores, gold)
                 lines.append(_line(member.task.task, scores, gold))
             rows.append(replace(row, seconds=time.perf_counter() - started))
@@ -131,7 +132,8 @@ class LiveBenchmarks:
         return score_task(lm, member.loaded, member.limit, bootstrap=0)
 
 
-def _described(row: LiveTask, scores: Scores, gold: GoldScores | None) -> LiveTask:
+def described(row: LiveTask, scores: Scores, gold: GoldScores | None) -> LiveTask:
+    """The row with all that was measured; intervals of a group as a checkpoint's result has them."""
     return replace(
         row,
         n=scores.n,
@@ -139,7 +141,7 @@ def _described(row: LiveTask, scores: Scores, gold: GoldScores | None) -> LiveTa
         n_shots=scores.n_shots,
         chance=scores.chance,
         truncated=scores.truncated,
-        metrics=scores.metrics,
+        metrics=clustered_metrics(row.task, scores.metrics, scores.samples),
         gold=gold,
     )
 

@@ -6,16 +6,20 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from evals.gold import GoldScores
 from evals.results import Metric, metric_from_json, without_nan
+from evals.sample_files import LEAST_CLUSTERS
 from megagpt.atomic import write_file
 from megagpt.errors import EvalError
 
 FORMAT = 1
+REVISION = 2
+"""Of what the numbers mean. 1: of truthfulqa_mc2 the first answer counted as the only right one, and intervals of a
+group such as MMLU took its documents for independent; neither is read."""
 FOLDER = "training"
 """Of the run's evals/."""
 
@@ -68,12 +72,15 @@ class LiveEvaluation:
 
     step: int
     tasks: tuple[LiveTask, ...]
+    notes: tuple[str, ...] = ()
+    """What was left out of a file of an older version; not stored."""
 
     def write(self, run_dir: Path) -> None:
         """Write the file, whole or not at all."""
         path = run_dir / "evals" / FOLDER / f"step_{self.step:08d}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"format": FORMAT, **asdict(self)}
+        content = {"format": FORMAT, "revision": REVISION, **asdict(self)}
+        del content["notes"]
         write_file(path, (json.dumps(without_nan(content), indent=1) + "\n").encode())
 
     @classmethod
@@ -89,7 +96,11 @@ class LiveEvaluation:
                 raise ValueError(f"format is {content['format']!r}, this version reads {FORMAT}")
             if content["step"] != step_of(path):
                 raise ValueError(f"it is of step {content['step']!r}")
-            return cls(content["step"], tuple(LiveTask.from_json(task) for task in content["tasks"]))
+            tasks = tuple(LiveTask.from_json(task) for task in content["tasks"])
+            if content.get("revision", 1) >= REVISION:
+                return cls(content["step"], tasks)
+            read = [_of_revision_1(task) for task in tasks]
+            return cls(content["step"], tuple(task for task, _ in read), tuple(n for _, notes in read for n in notes))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise EvalError(f"{path}: no evaluation during training can be read from it ({error!r})") from None
 
@@ -105,6 +116,19 @@ def live_files(run_dir: Path) -> list[Path]:
     folder = run_dir / "evals" / FOLDER
     found = [(step, path) for path in folder.glob("step_*.json") if (step := step_of(path)) is not None]
     return [path for _, path in sorted(found)]
+
+
+def _of_revision_1(task: LiveTask) -> tuple[LiveTask, list[str]]:
+    """The task without what an older version got wrong, and what that is."""
+    notes = []
+    if task.gold is not None and task.gold.margin is not None and task.chance is None:  # not one right answer each
+        notes.append(f"{task.task}'s right answers: its first one counted as the only one")
+        task = replace(task, gold=None)
+    if task.n > task.limit * (LEAST_CLUSTERS - 1) and any(metric.ci95 for metric in task.metrics.values()):
+        notes.append(f"{task.task}'s intervals: its documents counted as independent")
+        bare = {name: replace(metric, stderr=None, ci95=None) for name, metric in task.metrics.items()}
+        task = replace(task, metrics=bare)
+    return task, notes
 
 
 def _gold(content: Mapping[str, Any]) -> GoldScores:

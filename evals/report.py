@@ -12,7 +12,7 @@ from evals import report_charts as charts
 from evals.baselines import COMPUTE_FACTOR, MOST_TIMES_THE_SIZE, PARAMETERS_FACTOR, load_baselines
 from evals.compare import ALPHA, Comparison
 from evals.compare_show import how_many
-from evals.report_checks import FEW, NotSplit, SplitScore, compare_checkpoints, split_scores
+from evals.report_checks import FEW, NotSplit, SplitScore, compare_checkpoints, split_scores, tokens_scanned_and_seen
 from evals.report_cost import cost
 from evals.report_data import flat, funnel, funnel_chart, trail_rows
 from evals.report_examples import Example, examples
@@ -21,7 +21,15 @@ from evals.report_json import to_json
 from evals.report_judged import Judged, judged, judged_charts
 from evals.report_judged_split import split_judged
 from evals.report_page import render
-from evals.report_published import MOST_ROWS, published, published_charts, sources_of
+from evals.report_published import (
+    MOST_ROWS,
+    definitions_of,
+    nothing_published,
+    published,
+    published_charts,
+    sources_of,
+    tokens_by_step,
+)
 from evals.report_scores import Score, Unavailable, score_charts, score_rows, subject_maps
 from evals.report_steps import collect, right_answer_charts, step_charts
 from evals.report_training import headline, history, readable_sample, time_spent, training_charts
@@ -75,6 +83,8 @@ def build_view(run: RunFolder) -> dict[str, Any]:
     comparison, why_not = compare_checkpoints(run.evals)
     baselines = load_baselines()
     beside = published(run, measured.scores, baselines)
+    own = [trail.prefix for trail in run.data]
+    seen = None if last is None else tokens_by_step(run).get(last)
     return {
         "name": run.run_dir.resolve().name,
         "headline": headline(run),
@@ -86,6 +96,8 @@ def build_view(run: RunFolder) -> dict[str, Any]:
         "live": collect(run.live),
         "published": beside,
         "published_sources": sources_of(beside, baselines),
+        "published_definitions": definitions_of(beside, baselines),
+        "not_published": nothing_published(beside, measured.scores),
         "published_rule": {
             "parameters": PARAMETERS_FACTOR,
             "compute": COMPUTE_FACTOR,
@@ -97,6 +109,7 @@ def build_view(run: RunFolder) -> dict[str, Any]:
         "examples": measured.examples,
         "contamination": {
             "where": None if run.contamination is None else run.contamination.where,
+            "seen": "" if run.contamination is None else tokens_scanned_and_seen(run.contamination, own, seen),
             "splits": measured.splits,
             "not_split": measured.not_split,
             "few": FEW,

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
 
 from evals.compare import Comparison, Side, compare_pairs
 from evals.contamination_file import Contamination
 from evals.report_inputs import StepEvals
 from evals.results import Metric, TaskResult, make_metric
 from evals.sample_files import DocumentScores, Row, document_scores
-from evals.stats import clustered_stderr, normal_interval
+from evals.stats import bootstrap_interval, clustered_stderr, normal_interval
 from megagpt.errors import EvalError
 
 FEW = 30
@@ -70,6 +73,31 @@ def split_scores(
     return [_split(step, result, scores, contamination) for scores in by_document.values()]
 
 
+def tokens_scanned_and_seen(contamination: Contamination, own: Iterable[Path], seen: int | None) -> str:
+    """That all tokens were looked at, and how many of them a run had seen; empty of a data job's list.
+
+    Args:
+        contamination: what was looked for and where.
+        own: token files of the run.
+        seen: tokens, repetitions counted, that the scored weights were trained on; None where not known.
+    """
+    if not contamination.scanned:
+        return ""
+    total = sum(contamination.scanned.values())
+    whose = "the run's token files" if set(contamination.scanned) == set(map(str, own)) else "token files"
+    start = f"All {total:,} tokens of {whose} were looked at"
+    if whose == "token files":
+        return f"{start}, which are not those of config.yaml; which of them the scored weights had seen is not known."
+    if seen is None:
+        return f"{start}; how many of them the scored weights had seen is not known."
+    if seen < total:
+        return (
+            f"{start}, of which the scored weights had seen {seen:,} at most: a dirty document may stand in the part "
+            "that they never saw."
+        )
+    return f"{start}; the scored weights had seen {seen:,}, repetitions counted."
+
+
 def compare_checkpoints(evals: Sequence[StepEvals]) -> tuple[Comparison | None, str]:
     """The newest evaluated checkpoint against the one before it and the first, together; or why there is no test."""
     sides = [
@@ -114,7 +142,11 @@ def _split(step: int, result: TaskResult, scores: DocumentScores, contamination:
 
 
 def _part(scores: DocumentScores, places: Iterable[int], *, higher_is_better: bool) -> Part:
-    """Wilson's interval of right or wrong, the normal one of other means; clustered where the whole score is."""
+    """The interval as the whole score has it.
+
+    Wilson's of right or wrong, the bootstrap over documents of those with several answers each (as
+    `humaneval.pass_metrics`), the normal one of other means; clustered where the whole score is.
+    """
     chosen = list(places)
     if not chosen:
         return Part(0, None)
@@ -126,6 +158,8 @@ def _part(scores: DocumentScores, places: Iterable[int], *, higher_is_better: bo
         low, high = normal_interval(value, stderr)
         return Part(n, Metric(value, stderr, (max(0.0, low), min(1.0, high)), higher_is_better))
     simple = math.sqrt(sum((x - value) ** 2 for x in values) / (n - 1) / n) if n > 1 else None
-    return Part(
-        n, make_metric(value, simple, n, is_proportion=scores.is_right_or_wrong, higher_is_better=higher_is_better)
-    )
+    is_repeated = scores.answers_each > 1
+    if is_repeated and len(set(values)) > 1:
+        return Part(n, Metric(value, simple, bootstrap_interval(np.array(values)), higher_is_better))
+    is_proportion = scores.is_right_or_wrong or is_repeated  # all alike: no resample shows any doubt
+    return Part(n, make_metric(value, simple, n, is_proportion=is_proportion, higher_is_better=higher_is_better))

@@ -187,6 +187,12 @@ def _read_live(run_dir: Path, rows: Sequence[Row], missing: list[str]) -> tuple[
             found.append(LiveEvaluation.read(path))
         except EvalError as error:
             missing.append(f"{error}; left out of the curves")
+    for note in dict.fromkeys(note for evaluation in found for note in evaluation.notes):
+        steps = [evaluation.step for evaluation in found if note in evaluation.notes]
+        missing.append(
+            f"{run_dir / 'evals' / FOLDER}: left out of {len(steps)} files of an older version "
+            f"(step {steps[0]:,} to {steps[-1]:,}): {note}"
+        )
     read = {evaluation.step for evaluation in found}
     absent = sorted(counted - read - {step_of(path) for path in live_files(run_dir)})
     if absent:

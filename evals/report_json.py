@@ -9,7 +9,7 @@ from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
-_TOLD = ("verdict", "is_shown", "flops", "label")
+_TOLD = ("verdict", "is_shown", "flops", "label", "is_mostly_cut")
 """Properties of rows that a reader of the file wants as well."""
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from evals import report_charts as charts
+from evals.caveats import judged_caveats
 from evals.results import Metric, TaskResult
 from evals.sample_files import Row
 
@@ -113,7 +114,10 @@ class Judged:
     notes: str
     settings: tuple[tuple[str, str], ...]
     truncated: int
+    """Of `documents`: those with a prompt, of one turn at least, that lost its beginning."""
     seconds: float
+    told: tuple[str, ...] = ()
+    """Where the measurement is not the published one."""
     best: tuple[JudgedAnswer, ...] = field(default=())
     worst: tuple[JudgedAnswer, ...] = field(default=())
     failed: tuple[JudgedAnswer, ...] = field(default=())
@@ -122,6 +126,14 @@ class Judged:
     def documents(self) -> str:
         """What `n` counts."""
         return "questions" if self.task.startswith("mt_bench") else "answers"
+
+    @property
+    def cut_things(self) -> str:
+        """What `truncated` counts."""
+        is_bench = self.task.startswith("mt_bench")
+        return (
+            "Questions with a turn whose prompt lost its beginning" if is_bench else "Prompts that lost their beginning"
+        )
 
     @property
     def judged_things(self) -> str:
@@ -174,6 +186,7 @@ def judged(step: int, result: TaskResult, rows: Sequence[Row]) -> Judged:
         settings=tuple(_shown_settings(settings)),
         truncated=result.truncated,
         seconds=result.seconds,
+        told=judged_caveats(result),
         best=tuple(best[:EACH]),
         worst=tuple(worst),
         failed=tuple(one for one in answers if one.points is None)[:MOST_WRONG_FORM],

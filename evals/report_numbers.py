@@ -77,6 +77,11 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.1f} %"
 
 
+def known(fact: bool | None) -> str:  # noqa: FBT001 - a filter of templates
+    """Yes, no, or a dash where nobody knows."""
+    return "-" if fact is None else "yes" if fact else "no"
+
+
 def cell(value: Any) -> str:
     """Foreign text inside a Markdown table or line: none of it may act as Markdown or HTML."""
     flat = " ".join(str(value).split())

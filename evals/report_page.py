@@ -39,6 +39,7 @@ def _environment() -> jinja2.Environment:
             "count": numbers.count,
             "percent": numbers.percent,
             "duration": numbers.duration,
+            "known": numbers.known,
         }
     )
     return environment

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evals import report_charts as charts
-from evals.baselines import Baselines, Neighbours, PublishedScore, Trajectory, training_flops
+from evals.baselines import OURS, Baselines, Neighbours, PublishedScore, Trajectory, training_flops
 from evals.report_inputs import RunFolder
 from evals.report_scores import Score
 from megagpt.model.flops import parameter_count
@@ -58,6 +58,22 @@ def published(run: RunFolder, scores: Sequence[Score], baselines: Baselines) -> 
         flops = None if tokens is None else training_flops(parameters, tokens)
         found.append(Published(score, parameters, tokens, flops, neighbours, trajectory, tuple(ours)))
     return found
+
+
+def nothing_published(found: Sequence[Published], scores: Sequence[Score]) -> list[str]:
+    """`task metric` of the newest step's shares of right answers that nothing at all is published of."""
+    last = max((score.step for score in scores), default=None)
+    known = {(one.score.task, one.score.metric) for one in found}
+    names = [
+        f"{s.task} {s.metric}" for s in scores if s.step == last and s.is_share and (s.task, s.metric) not in known
+    ]
+    return list(dict.fromkeys(names))
+
+
+def definitions_of(found: Sequence[Published], baselines: Baselines) -> dict[str, str]:
+    """What the definitions mean that rows stand apart for."""
+    named = {score.definition for one in found for score, _ in one.neighbours.nearest_apart} - {OURS}
+    return {name: baselines.definitions[name] for name in sorted(named)}
 
 
 def run_parameters(run: RunFolder) -> int:
@@ -116,6 +132,7 @@ def sources_of(found: Sequence[Published], baselines: Baselines) -> dict[str, st
         for row in rows[:MOST_ROWS]
         if row is not None
     ]
+    shown += [row.source for one in found for row, _ in one.neighbours.nearest_apart]
     return {name: baselines.sources[name] for name in sorted(set(shown))}
 
 

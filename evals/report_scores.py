@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from evals import report_charts as charts
+from evals.caveats import caveats, is_mostly_cut
 from evals.report_inputs import StepEvals
 from evals.results import Metric, TaskResult
 from evals.sample_files import DocumentScores, Row, document_scores, with_clustered_intervals
@@ -44,6 +45,26 @@ class Score:
     origin: str
     seconds: float
     weights: str
+    dtype: str
+    """Empty where the file does not say."""
+    max_seq_len: int | None
+    batch_invariant: bool | None
+    environment: dict[str, Any]
+    """What computed it: torch, device, code; empty in files of older versions."""
+    absent_splits: tuple[str, ...]
+    told: tuple[str, ...]
+    """What to know beside the number."""
+
+    @property
+    def device(self) -> str:
+        """What computed it; a dash where the file does not say."""
+        named = (self.environment.get("device"), self.environment.get("device_name"))
+        return ", ".join(str(name) for name in named if name) or "-"
+
+    @property
+    def is_mostly_cut(self) -> bool:
+        """Whether most prompts lost their beginning."""
+        return is_mostly_cut(self.truncated, self.n)
 
     @property
     def is_share(self) -> bool:
@@ -82,7 +103,7 @@ def score_rows(step: int, measured: TaskResult, rows: Sequence[Row]) -> list[Sco
     """
     result = with_clustered_intervals(measured, rows)  # of a result that an older version wrote, too
     by_document = document_scores(result, rows)
-    prompts = prompts_hash(rows)
+    prompts, told = prompts_hash(rows), caveats(result)
     return [
         Score(
             step=step,
@@ -102,6 +123,12 @@ def score_rows(step: int, measured: TaskResult, rows: Sequence[Row]) -> list[Sco
             origin=_origin(result),
             seconds=result.seconds,
             weights=str(result.checkpoint.get("hash", "")),
+            dtype=str(result.settings.get("dtype") or ""),
+            max_seq_len=result.settings.get("max_seq_len"),
+            batch_invariant=result.batch_invariant,
+            environment=result.environment,
+            absent_splits=tuple(result.data.get("absent_splits") or ()),
+            told=told,
         )
         for name, metric in result.metrics.items()
     ]

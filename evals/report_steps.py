@@ -35,6 +35,8 @@ class Curve:
     steps: tuple[int, ...]
     values: tuple[float, ...]
     ci95: tuple[Interval, ...]
+    truncated: int
+    """Documents whose prompt lost its beginning, at the newest step."""
 
     @property
     def is_share(self) -> bool:
@@ -96,6 +98,7 @@ def collect(evaluations: Sequence[LiveEvaluation]) -> Live:
             steps=tuple(step for step, *_ in found),
             values=tuple(value for _, _, value, _, _ in found),
             ci95=tuple(interval for _, _, _, interval, _ in found),
+            truncated=found[-1][1].truncated,
         )
         for (name, kind, metric, n, shots), found in points.items()
     ]

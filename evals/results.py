@@ -10,8 +10,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from rich.markup import escape
 from rich.table import Table
 
+from evals.caveats import caveats, judged_caveats
 from evals.stats import normal_interval, wilson_interval
 from megagpt.atomic import write_file
 from megagpt.errors import EvalError
@@ -44,7 +46,8 @@ class TaskResult:
     lm_eval_version: str
     task_version: str | None
     data: dict[str, Any]
-    """origin, path_or_id, sha256, absent_splits."""
+    """origin, path_or_id, sha256, absent_splits, checksum (`known`: the copy that was checked; `differs`; empty: not
+    known; absent in older files)."""
     n_shots: int | None = None
     """Few-shot examples that the prompts really had."""
     n: int = 0
@@ -68,8 +71,12 @@ class TaskResult:
     """Whether the scores are the same bit for bit at any batch size, checked on this machine; None: not known."""
     subtasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Of a group: name -> n and metrics."""
+    splits: dict[str, list[str]] = field(default_factory=dict)
+    """`scored`, and of prompts with worked examples `examples`: where each came from. Empty in older files."""
     samples: str | None = None
     """Name of the file of single answers, beside this one."""
+    environment: dict[str, Any] = field(default_factory=dict)
+    """What it was computed with (`evals.reuse.describe_environment`); empty in files of before it was recorded."""
     reused: bool = False
     """Read from an earlier evaluation of the same weights, settings and data; not stored."""
 
@@ -128,9 +135,18 @@ def make_metric(value: float, stderr: float | None, n: int, *, is_proportion: bo
 
 
 def format_table(results: Sequence[TaskResult]) -> Table:
-    """One row a metric: score, 95 % interval, chance, documents, shots, cut prompts; below, what is unavailable."""
+    """One row a metric: score, 95 % interval, chance, documents, shots, cut prompts.
+
+    Below: what is unavailable and why, and what to know beside the scores.
+    """
     missing = [f"{result.task}: {result.reason}" for result in results if result.status != "ok"]
-    table = Table(caption="\n".join(missing), caption_justify="left")
+    told = [
+        f"{result.task}: {line}"
+        for result in results
+        if result.status == "ok"
+        for line in (judged_caveats(result) if result.is_judged else caveats(result))
+    ]
+    table = Table(caption=escape("\n".join([*missing, *told])), caption_justify="left")
     for column in ("task", "metric", "score", "95% interval", "chance", "n", "shots", "cut"):
         table.add_column(column, overflow="fold")
     for result in results:

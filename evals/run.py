@@ -216,6 +216,7 @@ class Evaluation:
             answers_damaged=answers.n_damaged,
             batch_invariant=self.batch_invariant,
             subtasks=scores.subtasks,
+            splits=scores.splits,
         )
 
         def keep() -> TaskResult:

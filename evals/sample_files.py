@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from evals.lines import read_whole_file
-from evals.results import TaskResult
-from evals.stats import clustered_stderr, normal_interval
+from evals.results import Metric, TaskResult
+from evals.stats import clustered_stderr, normal_interval, pass_at_k
 from megagpt.errors import EvalError
 
 GENERATIONS_FILE = "generations.json"
@@ -24,6 +24,7 @@ LEAST_CLUSTERS = 20
 """Groups of documents (MMLU's subjects) below which a group is no unit: an error estimated from few is itself
 unreliable. Source: Cameron and Miller 2015, "A Practitioner's Guide to Cluster-Robust Inference", section VI."""
 
+_PASS_AT = re.compile(r"pass@(\d+)")
 _STEP_FOLDER = re.compile(r"step_(\d+)")
 
 Row = dict[str, Any]
@@ -43,6 +44,8 @@ class DocumentScores:
     prompts: tuple[str, ...]
     """Hash of each prompt."""
     values: tuple[float, ...]
+    answers_each: int = 1
+    """Answers of a document, at most; of several, a value is their mean, or the chance that one of k passes."""
 
     @property
     def is_right_or_wrong(self) -> bool:
@@ -93,38 +96,67 @@ def document_scores(result: TaskResult, rows: Sequence[Row]) -> dict[str, Docume
     """Metric of the result -> its value by document, for every metric that is a mean over documents.
 
     Perplexity, for instance, is none: the exponential of a mean has no value for a single document that adds up.
+    A document that was answered several times (HumanEval's samples) is one document: its value is the mean over its
+    answers, and of pass@k the unbiased estimate from them.
     """
-    found: dict[str, list[tuple[Row, float]]] = {}
+    return _document_scores(result.task, result.metrics, rows)
+
+
+def _document_scores(task: str, metrics: Mapping[str, Metric], rows: Sequence[Row]) -> dict[str, DocumentScores]:
+    found: dict[str, dict[Key, list[tuple[Row, float]]]] = {}
     for row in rows:
+        key = (str(row.get("task", task)), str(row.get("doc_id")))
         for name, value in (row.get("metrics") or {}).items():
             if isinstance(value, bool | int | float):
                 filter_name = row.get("filter", "none")
                 metric = name if filter_name in ("none", None) else f"{name},{filter_name}"
-                found.setdefault(metric, []).append((row, float(value)))
+                found.setdefault(metric, {}).setdefault(key, []).append((row, float(value)))
     scores = {}
-    for metric, pairs in found.items():
-        known = result.metrics.get(metric)
-        values = [value for _, value in pairs]
-        if known is None or not math.isclose(sum(values) / len(values), known.value, rel_tol=1e-6, abs_tol=1e-9):
+    for metric in metrics:
+        k = int(match[1]) if (match := _PASS_AT.fullmatch(metric)) else None
+        answers = found.get(metric if k is None else "pass@1", {})
+        values = [_of_document([value for _, value in each], k) for each in answers.values()]
+        known = metrics[metric].value
+        if not values or not math.isclose(sum(values) / len(values), known, rel_tol=1e-6, abs_tol=1e-9):
             continue
+        firsts = [each[0][0] for each in answers.values()]
         scores[metric] = DocumentScores(
             metric,
-            tuple((str(row.get("task", result.task)), str(row.get("doc_id"))) for row, _ in pairs),
-            tuple(str(row.get("doc_hash")) for row, _ in pairs),
-            tuple(str(row.get("prompt_hash")) for row, _ in pairs),
+            tuple(answers),
+            tuple(str(row.get("doc_hash")) for row in firsts),
+            tuple(str(row.get("prompt_hash")) for row in firsts),
             tuple(values),
+            max(map(len, answers.values())),
         )
     return scores
 
 
+def _of_document(values: Sequence[float], k: int | None) -> float:
+    """Of all answers to one document."""
+    if k is None or k == 1:
+        return sum(values) / len(values)
+    return pass_at_k(len(values), round(sum(values)), k) if k <= len(values) else math.nan
+
+
 def with_clustered_intervals(result: TaskResult, rows: Sequence[Row]) -> TaskResult:
     """The result with clustered standard errors and intervals where its documents come in groups, such as MMLU's."""
-    metrics = dict(result.metrics)
-    for name, scores in document_scores(result, rows).items():
+    return replace(result, metrics=clustered_metrics(result.task, result.metrics, rows))
+
+
+def clustered_metrics(task: str, metrics: Mapping[str, Metric], rows: Sequence[Row]) -> dict[str, Metric]:
+    """`with_clustered_intervals` of metrics alone.
+
+    Args:
+        task: of which `rows` are answers.
+        metrics: of the task or group.
+        rows: lines of its samples file.
+    """
+    found = dict(metrics)
+    for name, scores in _document_scores(task, metrics, rows).items():
         clusters = scores.clusters
         if clusters is not None:
             stderr = clustered_stderr(scores.values, clusters)
             low, high = normal_interval(metrics[name].value, stderr)
             within = (max(0.0, low), min(1.0, high)) if scores.is_right_or_wrong else (low, high)
-            metrics[name] = replace(metrics[name], stderr=stderr, ci95=within)
-    return replace(result, metrics=metrics)
+            found[name] = replace(metrics[name], stderr=stderr, ci95=within)
+    return found

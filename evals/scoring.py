@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 import lm_eval.api.task
+from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate
 
 from evals.backend import MegaGPTLM
@@ -36,6 +37,8 @@ class Scores:
     truncated: int
     version: str
     samples: list[dict[str, Any]]
+    splits: dict[str, list[str]]
+    """`scored`, and of prompts with worked examples `examples`: the splits that each were taken from."""
 
 
 def score_task(
@@ -77,7 +80,8 @@ def score_task(
         chance=_chance(loaded, samples),
         truncated=sum(len(documents) for documents in lm.truncated.values()),
         version=str(found["versions"].get(loaded.name)),
-        samples=[_sample(name, sample) for name in loaded.tasks for sample in samples[name]],
+        samples=[line for name, task in loaded.tasks.items() for line in _sample_lines(name, task, samples[name])],
+        splits=_splits(loaded),
     )
 
 
@@ -132,9 +136,38 @@ def _chance(loaded: LoadedTask, samples: Mapping[str, list[dict[str, Any]]]) -> 
     return sum(guesses) / len(guesses)
 
 
-def _sample(task: str, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """One line of the samples file; `logprobs` are sums over the choice's tokens, in nats."""
+def _splits(loaded: LoadedTask) -> dict[str, list[str]]:
+    """Where lm-eval takes documents and worked examples from. Source: lm-eval 0.4.13, api/task.py, `fewshot_docs`."""
+    scored, examples = set(), set()
+    for task in loaded.tasks.values():
+        config, own = task.config, task.fewshot_cfg
+        scored.add(str(config.test_split if task.has_test_docs() else config.validation_split))
+        if not task.get_config("num_fewshot"):
+            continue
+        if own.split is not None:
+            examples.add(str(own.split))
+        elif own.samples is not None:
+            examples.add("the task's own")
+        else:
+            examples.add(str(config.training_split or config.validation_split or config.test_split))
+    return {"scored": sorted(scored), **({"examples": sorted(examples)} if examples else {})}
+
+
+def _sample_lines(name: str, task: Task, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines of the samples file, of all documents of a task: whether a metric is 0 or 1 is seen on all of them."""
+    is_share = _is_scored_by_share(task)
+    right_or_wrong = set() if is_share else _proportions({name: samples})
+    return [_sample(name, sample, right_or_wrong, is_share=is_share) for sample in samples]
+
+
+def _sample(task: str, sample: Mapping[str, Any], right_or_wrong: set[str], *, is_share: bool) -> dict[str, Any]:
+    """One line; `logprobs` are sums over the choice's tokens, in nats.
+
+    `correct` is null where the metric is not 0 or 1. `right` has the numbers of the right choices where the score is
+    their share of the probability: of truthfulqa_mc2, whose `target` is 0 for every document and says nothing.
+    """
     values = {name: sample[name] for name in sample["metrics"]}
+    decides = next((name for name in ("acc", "exact_match") if name in values), None)
     line = {
         "task": task,
         "doc_id": sample["doc_id"],
@@ -144,11 +177,21 @@ def _sample(task: str, sample: Mapping[str, Any]) -> dict[str, Any]:
         "filter": sample["filter"],
         "target": sample["target"],
         "metrics": values,
-        "correct": next((bool(values[name]) for name in ("acc", "exact_match") if name in values), None),
+        "correct": bool(values[decides]) if decides in right_or_wrong else None,
     }
+    if is_share:
+        line["right"] = [i for i, label in enumerate(sample["doc"]["mc2_targets"]["labels"]) if int(label) == 1]
     answers = sample["filtered_resps"]
     if answers and isinstance(answers[0], tuple | list) and len(answers[0]) == 2:
         logprobs = [float(answer[0]) for answer in answers]
         chosen = max(range(len(logprobs)), key=logprobs.__getitem__)
         return {**line, "response": chosen, "choices": [str(a[1]) for a in sample["arguments"]], "logprobs": logprobs}
     return {**line, "response": answers[0] if answers else None, "raw_response": sample["resps"][0][0]}
+
+
+def _is_scored_by_share(task: Task) -> bool:
+    """Whether a document's score is the share of probability that its right choices have together (truthfulqa_mc2).
+
+    Source: lm-eval 0.4.13, tasks/truthfulqa/utils.py, `process_results_mc2`.
+    """
+    return getattr(task.config.process_results, "__name__", "") == "process_results_mc2"

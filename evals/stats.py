@@ -170,6 +170,28 @@ def paired_stderr(a: Sequence[float], b: Sequence[float]) -> float:
     return float(differences.std(ddof=1) / math.sqrt(len(differences))) if len(differences) > 1 else math.nan
 
 
+def pass_at_k(n: int, passed: int, k: int) -> float:
+    """Unbiased estimate of the probability that one of k completions passes, from n of which `passed` do.
+
+    Source: Chen et al. 2021, "Evaluating large language models trained on code", section 2.1, equation 1:
+    1 - C(n - c, k) / C(n, k), as a product.
+    """
+    if n - passed < k:
+        return 1.0
+    return 1.0 - math.prod(1.0 - k / i for i in range(n - passed + 1, n + 1))
+
+
+def bootstrap_interval(values: Floats, seed: int = BOOTSTRAP_SEED) -> tuple[float, float]:
+    """95 % percentile interval of the mean, over resamples of the values with a fixed seed.
+
+    Source: Efron and Tibshirani 1993, "An introduction to the bootstrap", section 13.3.
+    """
+    random = np.random.default_rng(seed)
+    means = [random.choice(values, len(values)).mean() for _ in range(RESAMPLES)]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """p-values corrected for how many there are: each may be compared with 0.05 as if it were the only one.
 

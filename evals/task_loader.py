@@ -28,6 +28,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from evals.benchmarks import OFFICIAL_DOCUMENTS, check_mmlu
 from evals.data import data_hash, locate
+from evals.data_checksum import checksum_of, together
 from megagpt.errors import EvalError
 
 OWN_TASKS = Path(__file__).parent / "tasks"
@@ -54,6 +55,8 @@ class DataOrigin:
     """Of the rows' files; None for the hub."""
     absent_splits: tuple[str, ...] = ()
     """Splits of the definition that the data does not have."""
+    checksum: str = ""
+    """From `evals.data_checksum`: whether the files are the copy that was checked."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,9 @@ def plan_from_folders(
         }
     digest = " ".join(data_hash(folder, configs) for folder in folders.values())
     where = ", ".join(str(folder) for folder in folders.values())
-    return TaskPlan(name, replaced, index, DataOrigin("local", where, digest, tuple(sorted(absent))))
+    checksum = together({checksum_of(folder, hub_id, configs) for hub_id, folder in folders.items()})
+    origin = DataOrigin("local", where, digest, tuple(sorted(absent)), checksum)
+    return TaskPlan(name, replaced, index, origin)
 
 
 def load_task(plan: TaskPlan, n_shots: int | None = None, *, check_counts: bool = True) -> LoadedTask:

@@ -46,7 +46,8 @@ def test_a_model_that_diverged_has_no_number_and_ends_nothing() -> None:
 @pytest.mark.parametrize(
     "left_out",
     [
-        sample([-1.0, -2.0], [" a", " b"], [1, 0]),  # several right answers
+        {**sample([-1.0, -2.0], [" a", " b"], 0), "right": [0, 1]},  # truthfulqa_mc2's: the target is 0 in all of them
+        sample([-1.0, -2.0], [" a", " b"], [1, 0]),
         sample([-1.0, -2.0], [" same", " same"], 0),  # the choices are prompts
         sample([-1.0, -2.0], [" a", " b"], 2),
         {"target": "4", "response": "four"},  # generated

@@ -227,7 +227,10 @@ def test_what_is_not_comparable_is_counted_with_the_reason_and_never_in_a_table(
     assert re.search(r"mmlu acc defined otherwise: hendrycks_test \d+", text)
     (mmlu,) = [one for one in written.content["published"] if one["score"]["task"] == "mmlu"]
     assert mmlu["neighbours"]["comparable"] == []
-    assert "mmlu, acc, 5-shot" not in text
+    assert "mmlu acc, 5-shot" not in written.page.chart_text
+    assert (
+        "GPT-2 124M 124 M acc_norm 0 0.2721 defined otherwise: completion llmc_mmlu" in text
+    )  # named, with the reason
     assert not any(
         one["score"]["task"] == "gsm8k" and one["neighbours"]["comparable"] for one in written.content["published"]
     )
@@ -314,10 +317,10 @@ def test_a_prompt_of_which_the_end_alone_is_kept_begins_with_a_word() -> None:
 
 def test_generated_answers_are_shown_once_a_document_and_cannot_act(written):
     found = [e for e in written.view["examples"] if e.task == "gsm8k"]
-    assert [e.document for e in found] == ["2", "1"]
+    assert [e.document for e in found] == ["0", "1"]  # the first ones, as the page says
     assert "<script" not in written.html
     assert HOSTILE in written.page.text
-    assert "Right would have been: #### 1" in squeeze(written.page.text)
+    assert "Right would have been: #### 0" in squeeze(written.page.text)
 
 
 def test_cost_counts_the_processes_that_each_step_had(written):

@@ -11,14 +11,17 @@ from typing import Any
 import pytest
 
 from evals.gold import GoldScores
+from evals.live import described
 from evals.live_files import LiveEvaluation, LiveTask
 from evals.report import build_view, write_run_report
 from evals.report_inputs import read_run_folder
 from evals.report_steps import collect, right_answer_charts, step_charts
 from evals.results import Metric, make_metric
+from evals.scoring import Scores
+from evals.stats import clustered_stderr
 from megagpt.config.load import dump_config
 from megagpt.errors import EvalError
-from tests.evals.result_files import write_answers
+from tests.evals.result_files import sample, write_answers
 from tests.evals.test_report import make_config, read_page, squeeze, write_rows
 
 STEPS = (0, 200, 400)
@@ -29,7 +32,7 @@ def live(step: int, *, n: int = 100, diverged: bool = False) -> LiveEvaluation:
     acc = make_metric(right / 100, 0.04, 100, is_proportion=True, higher_is_better=True)
     bits = float("nan") if diverged else 2.5 - step / 1000
     gold = GoldScores(n - 5, bits, step / 100 - 1, 0.05, None if step == 0 else 0.2)
-    arc = LiveTask("arc_easy", n, "ok", "", n, 2376, 0, 0.25, 0, {"acc": acc}, gold, 1.5)
+    arc = LiveTask("arc_easy", n, "ok", "", n, 2376, 0, 0.25, 7, {"acc": acc}, gold, 1.5)
     perplexity = {"perplexity": Metric(900.0 - step, 10.0, None, higher_is_better=False)}
     lambada = LiveTask("lambada_openai", n, "ok", "", n, 5153, 0, None, 0, perplexity, None, 0.5)
     refused = LiveTask("gsm8k", n, "unavailable", "256 tokens to generate leave no room")
@@ -89,9 +92,9 @@ def test_the_page_draws_them_and_markdown_and_json_have_the_numbers(run_dir: Pat
         "Margin of right answers",
     ):
         assert text in drawn, text
-    row = "right answer, bits per byte (lower is better) 95 of 2,376 0 0 2.5000 2.4020 to 2.5980 400 2.1000"
+    row = "right answer, bits per byte (lower is better) 95 of 2,376 0 7 0 2.5000 2.4020 to 2.5980 400 2.1000"
     assert row in squeeze(page.text)
-    assert "lambada_openai perplexity (lower is better) 100 of 5,153 0 0 900.0000 none 400 500.0000" in squeeze(
+    assert "lambada_openai perplexity (lower is better) 100 of 5,153 0 0 0 900.0000 none 400 500.0000" in squeeze(
         page.text
     )
     assert "gsm8k, 3 times from step 0 to 400: 256 tokens to generate leave no room" in squeeze(page.text)
@@ -178,6 +181,46 @@ def test_files_of_older_versions_have_no_standard_errors(run_dir: Path) -> None:
     path_of(run_dir, 0).write_text(json.dumps(content))
     (arc, *_) = read_run_folder(run_dir).live[0].tasks
     assert arc.gold == replace(live(0).tasks[0].gold, bits_per_byte_stderr=None, margin_stderr=None)
+
+
+def of_older_version(run_dir: Path, step: int, *tasks: LiveTask) -> None:
+    LiveEvaluation(step, tasks).write(run_dir)
+    content = json.loads(path_of(run_dir, step).read_text())
+    del content["revision"]
+    path_of(run_dir, step).write_text(json.dumps(content))
+
+
+def test_what_an_older_version_got_wrong_is_left_out_and_told(run_dir: Path) -> None:
+    """It took truthfulqa_mc2's first answer for the only right one, and MMLU's documents for independent ones."""
+    acc = {"acc": Metric(0.4985, 0.0167, (0.4658, 0.5312))}
+    gold = GoldScores(100, 3.18, -40.5, 0.1, 0.2)
+    mc2 = LiveTask("truthfulqa_mc2", 100, "ok", "", 100, 817, 0, None, 0, acc, gold, 0.5)
+    mmlu = LiveTask("mmlu", 10, "ok", "", 570, 14042, 5, 0.25, 0, acc, replace(gold, n=570), 0.5)
+    arc = live(0).tasks[0]
+    of_older_version(run_dir, 0, mc2, mmlu, arc)
+    LiveEvaluation(200, (mmlu,)).write(run_dir)
+    run = read_run_folder(run_dir)
+    assert [task.gold for task in run.live[0].tasks] == [None, mmlu.gold, arc.gold]
+    assert [task.metrics["acc"].ci95 for task in run.live[0].tasks] == [
+        acc["acc"].ci95,
+        None,
+        arc.metrics["acc"].ci95,
+    ]
+    assert run.live[1].tasks[0] == mmlu
+    told = " ".join(run.missing)
+    assert "truthfulqa_mc2's right answers: its first one counted as the only one" in told
+    assert "1 files of an older version (step 0 to 0): mmlu's intervals: its documents counted as independent" in told
+
+
+def test_a_groups_interval_in_training_is_clustered_as_that_of_a_checkpoint() -> None:
+    leaves = [f"mmlu_{i:02d}" for i in range(24) for _ in range(10)]
+    rows = [sample(leaf, i, {"acc": float(int(leaf[-2:]) % 4 == 0 or i % 10 == 0)}) for i, leaf in enumerate(leaves)]
+    values = [row["metrics"]["acc"] for row in rows]
+    wilson = make_metric(sum(values) / 240, 0.03, 240, is_proportion=True, higher_is_better=True)
+    scores = Scores({"acc": wilson}, {}, 240, 14042, 5, 0.25, 0, "1", rows, {})
+    found = described(LiveTask("mmlu", 10, "ok"), scores, None)
+    assert found.metrics["acc"].stderr == pytest.approx(clustered_stderr(values, leaves))
+    assert found.metrics["acc"].ci95[1] - found.metrics["acc"].ci95[0] > 1.5 * (wilson.ci95[1] - wilson.ci95[0])
 
 
 def test_time_for_benchmarks_is_accounted_for(run_dir: Path) -> None:
