@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -24,8 +24,33 @@ from typing import IO, Any, Self
 import xxhash
 
 FORMAT = 1
-SOURCES = ("megagpt/model", "megagpt/parallel", "evals")
-"""Folders whose code decides an answer."""
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = (
+    "evals",
+    "megagpt/model",
+    "megagpt/parallel",
+    "megagpt/checkpoint/open.py",
+    "megagpt/checkpoint/tensors.py",
+    "megagpt/data/indexed.py",
+    "megagpt/drafts.py",
+    "megagpt/generate.py",
+    "megagpt/tokenizer.py",
+)
+"""Folders and files whose code decides answers and scores."""
+SHOWS = (
+    "evals/baselines.py",
+    "evals/chat.py",
+    "evals/compare*.py",
+    "evals/contamination*.py",
+    "evals/during.py",
+    "evals/explain.py",
+    "evals/items.py",
+    "evals/judge*",
+    "evals/live*.py",
+    "evals/mt_bench",
+    "evals/report*.py",
+)
+"""Of them, what only shows scores, or makes others: `evals.run` takes no answer from it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +76,38 @@ class AnswerKey:
 
 
 def code_version() -> str:
-    """Hash of this code's files and of the libraries that compute: an answer of other code is asked again."""
-    root = Path(__file__).resolve().parent.parent
+    """Hash of the sources that decide answers and of the libraries that compute; of others nothing is known."""
+    libraries = [f"{package} {metadata.version(package)}\n" for package in ("torch", "lm-eval")]
+    return hashlib.sha256("".join([f"{sources_hash()}\n", *libraries]).encode()).hexdigest()
+
+
+def sources_hash(root: Path = ROOT) -> str:
+    """Hash of the sources that decide answers and scores.
+
+    Not the commit: that changes with every line of a report, and does not with a file that is not committed.
+
+    Args:
+        root: folder of the packages.
+    """
     digest = hashlib.sha256()
-    for path in sorted(path for folder in SOURCES for path in (root / folder).rglob("*.py")):
+    for path in source_files(root):
         digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
-    for package in ("torch", "lm-eval"):
-        digest.update(f"{package} {metadata.version(package)}\n".encode())
     return digest.hexdigest()
+
+
+def source_files(root: Path = ROOT) -> list[Path]:
+    """The files behind `sources_hash`, sorted.
+
+    Args:
+        root: folder of the packages.
+    """
+    shown = _python_files(root, SHOWS)
+    return sorted(_python_files(root, SOURCES) - shown)
+
+
+def _python_files(root: Path, patterns: Sequence[str]) -> set[Path]:
+    found = [path for pattern in patterns for path in root.glob(pattern)]
+    return {file for path in found for file in (path.rglob("*.py") if path.is_dir() else [path])}
 
 
 class AnswerStore:

@@ -45,7 +45,8 @@ class BenchRequest:
     """TASK, TASK:SHOTS or TASK:SHOTS:LIMIT, comma-separated."""
     data_dir: Path | None = None
     limit: int | None = None
-    max_new_tokens: int = 64
+    max_new_tokens: int | None = None
+    """Of tasks that generate; None: what each task's definition says, lm-eval's 256 where it says nothing."""
     batch_size: int = 16
     rounds: int = 1
     lines: Path | None = None
@@ -171,7 +172,8 @@ class _Run:
                 return known
         with quiet_bars():  # tasks of its own: their samplers start with the same seed
             loaded = load_task(plan, asked.shots, check_counts=False)  # seconds are told, and no score
-        _limit_new_tokens(loaded, self._request.max_new_tokens)
+        if self._request.max_new_tokens is not None:
+            _limit_new_tokens(loaded, self._request.max_new_tokens)
         with self._showing(f"{asked.name}: {backend}", backend) as on_progress:
             lm = self._ours(on_progress) if backend == OURS else self._theirs
             around = kept_templates if backend == OURS else nullcontext

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from evals.compare_judged import judged_difference, judges_differ
+from evals.compare_settings import forbids, tells
 from evals.results import TaskResult
-from evals.sample_files import DocumentScores, document_scores, read_results, read_samples, step_folders
+from evals.sample_files import DocumentScores, document_scores, has_results, read_results, read_samples, step_folders
 from evals.stats import (
-    Z95,
     PairedDifference,
     holm,
     leaves_out_zero,
@@ -31,6 +31,7 @@ from megagpt.errors import EvalError
 
 ALPHA = 0.05
 NOT_SHOWN = "no difference shown"
+MCNEMAR = "McNemar, exact"
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,15 @@ class Difference:
     """Documents that only A has right; None where documents are not just right or wrong."""
     only_b: int | None
     test: str
-    """`McNemar, exact`, or `paired z`."""
+    """`McNemar, exact`, `paired z`, or `paired z, over groups`: the units are those of the interval."""
     p: float
     p_holm: float
     """Corrected for all tests of this comparison."""
     detectable: float | None
     """The true difference that 4 of 5 such evaluations would show; None where all differences are the same."""
     higher_is_better: bool
+    notes: tuple[str, ...] = ()
+    """What was not the same on both sides, and does not forbid the comparison."""
 
     @property
     def is_shown(self) -> bool:
@@ -116,6 +119,11 @@ class Comparison:
             found.setdefault((row.a, row.b), []).append(row)
         return list(found.items())
 
+    def notes(self) -> list[tuple[str, str, str, str]]:
+        """Task, A, B, and what was not the same on both sides."""
+        found = {(row.task, row.a, row.b): "; ".join(row.notes) for row in self.differences if row.notes}
+        return [(*key, told) for key, told in found.items()]
+
     def to_json(self) -> str:
         """Everything, as plain values."""
         rows = [{**asdict(row), "shown": row.is_shown, "verdict": row.verdict} for row in self.differences]
@@ -140,7 +148,7 @@ def open_side(path: Path) -> Side:
     if path.parent.name == "checkpoints":
         folder = path.parent.parent / "evals" / path.name
     elif (path / "config.yaml").is_file() or (path / "evals").is_dir():
-        evaluated = [found for _, found in step_folders(path / "evals") if any(found.glob("*.json"))]
+        evaluated = [found for _, found in step_folders(path / "evals") if has_results(found)]
         folder = evaluated[-1] if evaluated else path / "evals"
     results = {result.task: result for result in read_results(folder)} if folder.is_dir() else {}
     if not results:
@@ -210,7 +218,7 @@ def _compare_task(task: str, a: Side, b: Side) -> list[Difference] | Refusal:
     ]
     if gone:
         return Refusal(task, a.label, b.label, tuple(gone))
-    reasons = _settings_differ(*results)
+    reasons = forbids(*results)
     if reasons:
         return Refusal(task, a.label, b.label, tuple(reasons), differs=True)
     if results[0].is_judged and results[1].is_judged:
@@ -230,33 +238,12 @@ def _compare_task(task: str, a: Side, b: Side) -> list[Difference] | Refusal:
     ]
 
 
-def _settings_differ(a: TaskResult, b: TaskResult) -> list[str]:
-    reasons = []
-    for name, before, after in (
-        ("shots", a.n_shots, b.n_shots),
-        ("version of the task", a.task_version, b.task_version),
-        ("data", _data_of(a), _data_of(b)),
-        ("documents", f"{a.n} of {a.n_total}", f"{b.n} of {b.n_total}"),
-        ("judge", a.settings.get("judge"), b.settings.get("judge")),
-        ("the judge's prompts", *(_judge_prompts_of(result) for result in (a, b))),
-    ):
-        if before != after:
-            reasons.append(f"{name}: {before} and {after}")
-    return reasons
-
-
-def _data_of(result: TaskResult) -> str:
-    """What identifies the rows: their hash, else where they come from."""
-    return str(result.data.get("sha256") or f"{result.data.get('origin')} {result.data.get('path_or_id')}")
-
-
-def _judge_prompts_of(result: TaskResult) -> Any:
-    return result.settings.get("judge_prompts") or result.settings.get("judge_prompt")
-
-
 def _documents_differ(a: DocumentScores, b: DocumentScores) -> list[str]:
     keys_a, keys_b = set(a.keys), set(b.keys)
-    if len(keys_a) != len(a.keys) or keys_a != keys_b or len(keys_b) != len(b.keys):
+    twice = [len(scores.keys) - len(set(scores.keys)) for scores in (a, b)]
+    if any(twice):
+        return [f"documents: {twice[0]} answers of the one and {twice[1]} of the other are not a document's first"]
+    if keys_a != keys_b:
         return [f"documents: {len(keys_a - keys_b)} are only in the one, {len(keys_b - keys_a)} only in the other"]
     reasons = []
     for name, hashes_a, hashes_b in (("contents", a.documents, b.documents), ("prompts", a.prompts, b.prompts)):
@@ -276,20 +263,19 @@ def _in_order_of(a: DocumentScores, b: DocumentScores) -> tuple[float, ...]:
 def _difference(
     results: tuple[TaskResult, TaskResult], a: DocumentScores, b: tuple[float, ...], labels: tuple[str, str]
 ) -> Difference:
-    """The difference before the correction for several tests."""
+    """The difference before the correction for several tests. Interval and test have the same units."""
     clusters = a.clusters
     found: PairedDifference = paired_bootstrap(a.values, b, clusters=clusters)
-    stderr = paired_stderr(a.values, b)
+    stderr = paired_stderr(a.values, b, clusters=clusters)
     only_a: int | None = None
     only_b: int | None = None
+    test = "paired z" if clusters is None else "paired z, over groups"
+    p = _z_test(found.value, stderr)
     if a.is_right_or_wrong and all(value in (0.0, 1.0) for value in b):
         pairs = list(zip(a.values, b, strict=True))
         only_a, only_b = sum(x > y for x, y in pairs), sum(y > x for x, y in pairs)
-        test, p = "McNemar, exact", mcnemar_exact(only_a, only_b)
-    else:
-        test, p = "paired z", _z_test(found.value, stderr)
-    # Of groups, the interval knows the error; of documents, the closed form does.
-    error = stderr if clusters is None else (found.ci95[1] - found.ci95[0]) / 2 / Z95
+        if clusters is None:
+            test, p = MCNEMAR, mcnemar_exact(only_a, only_b)
     return Difference(
         results[0].task,
         a.metric,
@@ -305,8 +291,9 @@ def _difference(
         test=test,
         p=p,
         p_holm=p,
-        detectable=minimum_detectable_difference(error) if error > 0 else None,
+        detectable=minimum_detectable_difference(stderr) if stderr > 0 else None,
         higher_is_better=results[0].metrics[a.metric].higher_is_better,
+        notes=tuple(tells(*results)),
     )
 
 
@@ -349,5 +336,6 @@ def _compare_judged(results: tuple[TaskResult, TaskResult], a: Side, b: Side) ->
             p_holm=p,
             detectable=minimum_detectable_difference(judged.stderr) if judged.stderr > 0 else None,
             higher_is_better=True,
+            notes=tuple(tells(*results)),
         )
     ]

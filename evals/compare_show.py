@@ -8,11 +8,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from evals import report_numbers as numbers
-from evals.compare import ALPHA, Comparison, Difference
+from evals.compare import ALPHA, MCNEMAR, Comparison, Difference
 from evals.report_page import render
 from megagpt.atomic import write_file
 from megagpt.errors import EvalError
 
+DETECTABLE = "Detectable: the true difference that 4 of 5 such evaluations would show."
 TEMPLATES = {".html": "compare.html", ".md": "compare.md"}
 
 
@@ -37,13 +38,25 @@ def how_many(comparison: Comparison) -> str:
     return "one test, nothing to correct for" if n == 1 else f"corrected for {n} tests (Holm)"
 
 
+def tests_of(comparison: Comparison) -> str:
+    """Which tests the p-values are of, and over what."""
+    words = {
+        MCNEMAR: "McNemar's exact test where answers are right or wrong",
+        "paired z": "paired z-test of other means",
+        "paired z, over groups": "of documents in groups (MMLU's subjects), z-test over groups, as the interval",
+    }
+    made = {row.test for row in comparison.differences}
+    return "; ".join(told for test, told in words.items() if test in made)
+
+
 def comparison_table(comparison: Comparison) -> Table:
     """One row a metric; below, what was refused and why."""
     refused = [f"not compared: {r.task} ({r.a} and {r.b}): {'; '.join(r.reasons)}" for r in comparison.refusals]
-    explained = f"p: {how_many(comparison)}. Detectable: the true difference that 4 of 5 such evaluations would show."
+    noted = [f"not the same: {task} ({a} and {b}): {told}" for task, a, b, told in comparison.notes()]
+    explained = f"p: {tests_of(comparison)}; {how_many(comparison)}. {DETECTABLE}"
     table = Table(
         title=escape(f"against {comparison.labels[0]}"),
-        caption=escape("\n".join([explained, *refused])),
+        caption=escape("\n".join([explained, *noted, *refused])),
         caption_justify="left",
     )
     for column in ("task", "metric", "n"):

@@ -12,10 +12,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -23,32 +23,10 @@ from rich.table import Table
 from evals.benchmarks import BENCHMARKS, Benchmark, Configs
 from evals.mt_bench.data import copy_files as copy_mt_bench
 from evals.mt_bench.data import describe as describe_mt_bench
+from evals.prepared import PREPARED, PreparedBenchmark, Record, damaged, sha256_of, tell_damage
 from evals.sandbox.run import probe
 from megagpt.atomic import write_file
 from megagpt.errors import EvalError
-
-PREPARED = "prepared.json"
-FORMAT = 1
-
-Status = Literal["ok", "missing", "refused"]
-
-
-@dataclass(frozen=True)
-class PreparedBenchmark:
-    """What became of one benchmark."""
-
-    name: str
-    hub_id: str
-    status: Status
-    reason: str = ""
-    rows: dict[str, int] = field(default_factory=dict)
-    """Split -> rows over all configs."""
-    source_sha256: dict[str, str] = field(default_factory=dict)
-    checksum: Literal["known", "differs", ""] = ""
-    """Whether the source files are the copies whose hashes are known."""
-    written_sha256: dict[str, str] = field(default_factory=dict)
-    """File below the prepared folder -> hash."""
-    absent_splits: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,31 +63,42 @@ def prepare(source: Path, out: Path) -> PreparedReport:
     by_hub_id: dict[str, Configs] = {}
     for name, configs in contents.items():
         by_hub_id.setdefault(BENCHMARKS[name].hub_id, {}).update(configs)
-    written = {hub_id: write_dataset(out, hub_id, configs) for hub_id, configs in by_hub_id.items()}
+    # What came from the hub has no source files here that could have changed: it stands.
+    before = Record.read(out)
+    from_hub = {name: one for name, one in before.benchmarks.items() if one.status == "ok" and not one.source_sha256}
+    earlier = Record({name: one for name, one in from_hub.items() if name not in contents}, before.others)
+    written = {
+        hub_id: write_dataset(out, hub_id, configs, earlier.splits(hub_id)) for hub_id, configs in by_hub_id.items()
+    }
     benchmarks = {
-        name: found
+        name: earlier.benchmarks.get(name, found)
         if found.status != "ok"
-        else PreparedBenchmark(
-            **{
-                **_fields(found),
-                "written_sha256": {
-                    path: digest
-                    for path, digest in written[found.hub_id].items()
-                    if Path(path).parent.name in contents[name]
-                },
-            }
+        else replace(
+            found,
+            written_sha256={
+                path: digest
+                for path, digest in written[found.hub_id].items()
+                if Path(path).parent.name in contents[name]
+            },
         )
         for name, found in report.benchmarks.items()
     }
     copy_mt_bench(source, out)
-    finished = PreparedReport(source, benchmarks)
-    content = {"format": FORMAT, "benchmarks": {name: asdict(found) for name, found in benchmarks.items()}}
-    write_file(out / PREPARED, json.dumps(content, indent=1).encode())
-    return finished
+    Record(benchmarks, before.others).write(out)
+    refused = {name: found for name, found in report.benchmarks.items() if found.status == "refused"}
+    return PreparedReport(source, benchmarks | refused)
 
 
-def write_dataset(out: Path, hub_id: str, configs: Configs) -> dict[str, str]:
+def write_dataset(
+    out: Path, hub_id: str, configs: Configs, earlier: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, str]:
     """Write one data set as `datasets.load_dataset(out / hub_id, config)` reads it; counts are the caller's affair.
+
+    Args:
+        out: folder of data sets.
+        hub_id: `org/name`.
+        configs: what is written.
+        earlier: config -> splits that lie there and stay; the card names them too.
 
     Returns:
         File below `out` -> sha256.
@@ -117,13 +106,14 @@ def write_dataset(out: Path, hub_id: str, configs: Configs) -> dict[str, str]:
     folder = out / hub_id
     hashes = {}
     card = ["---", "configs:"]
-    for config, splits in configs.items():
+    for config, names in {**(earlier or {}), **configs}.items():
         card += [f"- config_name: {config}", "  data_files:"]
+        card += [line for split in names for line in (f"  - split: {split}", f"    path: {config}/{split}.jsonl")]
+    for config, splits in configs.items():
         for split, rows in splits.items():
             content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
             write_file(folder / config / f"{split}.jsonl", content)
             hashes[f"{hub_id}/{config}/{split}.jsonl"] = hashlib.sha256(content).hexdigest()
-            card += [f"  - split: {split}", f"    path: {config}/{split}.jsonl"]
     write_file(folder / "README.md", "\n".join([*card, "---", ""]).encode())
     return hashes
 
@@ -145,7 +135,11 @@ def locate(hub_id: str, data_dir: Path, cache_dir: Path) -> Path | None:
     direct = data_dir / hub_id
     if direct.is_dir():
         if (data_dir / PREPARED).is_file():
-            _check_not_refused([_read_prepared(data_dir).benchmarks[benchmark.name] for benchmark in wanted])
+            record = Record.read(data_dir)
+            checked = record.checked(data_dir)
+            _check_not_refused([checked[benchmark.name] for benchmark in wanted if benchmark.name in checked])
+            if bad := damaged(data_dir, record.others.get(hub_id, {})):
+                raise EvalError(tell_damage(data_dir, bad))
         return direct.resolve()
     if not any((data_dir / benchmark.folder).is_dir() for benchmark in wanted):
         return None
@@ -166,7 +160,7 @@ def data_hash(folder: Path, configs: set[str]) -> str:
     """sha256 over the names and hashes of the rows' files: all of those configs that are folders, else of the whole."""
     roots = [folder / config for config in configs if (folder / config).is_dir()] or [folder]
     files = sorted({path for root in roots for path in root.rglob("*") if path.is_file()})
-    lines = [f"{path.relative_to(folder)} {_sha256([path])}\n" for path in files if ".cache" not in path.parts]
+    lines = [f"{path.relative_to(folder)} {sha256_of([path])}\n" for path in files if ".cache" not in path.parts]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -183,17 +177,24 @@ def doctor(data_dir: Path | None) -> str:
 
 
 def _other_data_sets(data_dir: Path) -> list[str]:
-    """Hub-shaped folders of data sets that need no preparation: a line of files and hash each."""
+    """Hub-shaped folders of data sets without official numbers: a line of files and hash each, and what is damaged."""
+    record = Record.read(data_dir)
     known = {benchmark.hub_id for benchmark in BENCHMARKS.values()}
     lines = []
     for card in sorted(data_dir.glob("*/*/README.md")):
         hub_id = str(card.parent.relative_to(data_dir))
         if hub_id not in known:
             files = sorted(str(path.relative_to(card.parent)) for path in card.parent.rglob("*.jsonl"))
-            lines.append(
-                f"{hub_id}: {', '.join(files) or 'no jsonl files'}; sha256 {data_hash(card.parent, set())[:16]}"
-            )
-    return lines
+            line = f"{hub_id}: {', '.join(files) or 'no jsonl files'}; sha256 {data_hash(card.parent, set())[:16]}"
+            recorded = record.others.get(hub_id)
+            lines.append(line if recorded is None else f"{line}; {_damage(data_dir, recorded)}")
+    missing = [hub_id for hub_id in record.others if not (data_dir / hub_id / "README.md").is_file()]
+    return lines + [f"{hub_id}: {_damage(data_dir, record.others[hub_id])}" for hub_id in missing]
+
+
+def _damage(data_dir: Path, recorded: Mapping[str, str]) -> str:
+    bad = damaged(data_dir, recorded)
+    return f"REFUSED: {tell_damage(data_dir, bad)}" if bad else "as it was written"
 
 
 def _read_all(source: Path) -> tuple[PreparedReport, dict[str, Configs]]:
@@ -234,7 +235,7 @@ def _prepared_before(source: Path, out: Path) -> dict[str, PreparedBenchmark] | 
     benchmarks = _read_prepared(out).benchmarks
     before = {name: found.source_sha256 for name, found in benchmarks.items()}
     now = {name: _source_hashes(source / benchmark.folder, benchmark) for name, benchmark in BENCHMARKS.items()}
-    is_damaged = any(_damaged(out, found) for found in benchmarks.values())
+    is_damaged = any(damaged(out, found.written_sha256) for found in benchmarks.values())
     return None if before != now or is_damaged else benchmarks
 
 
@@ -244,32 +245,7 @@ def _read_prepared(folder: Path) -> PreparedReport:
     Raises:
         EvalError: the record cannot be read.
     """
-    path = folder / PREPARED
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        benchmarks = {name: PreparedBenchmark(**entry) for name, entry in content["benchmarks"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise EvalError(f"{path}: not what `prepare` writes ({error}); prepare the folder again") from None
-    checked = {}
-    for name, found in benchmarks.items():
-        damaged = _damaged(folder, found)
-        reason = f"{folder}: {', '.join(damaged)} is missing or not what was written; prepare the folder again"
-        checked[name] = (
-            PreparedBenchmark(**{**_fields(found), "status": "refused", "reason": reason}) if damaged else found
-        )
-    return PreparedReport(folder, checked)
-
-
-def _damaged(folder: Path, found: PreparedBenchmark) -> list[str]:
-    return [
-        file
-        for file, digest in found.written_sha256.items()
-        if not (folder / file).is_file() or _sha256([folder / file]) != digest
-    ]
-
-
-def _fields(found: PreparedBenchmark) -> dict[str, Any]:
-    return {name: getattr(found, name) for name in found.__dataclass_fields__}
+    return PreparedReport(folder, Record.read(folder).checked(folder))
 
 
 def _source_hashes(folder: Path, benchmark: Benchmark) -> dict[str, str]:
@@ -279,15 +255,8 @@ def _source_hashes(folder: Path, benchmark: Benchmark) -> dict[str, str]:
     if not all(found):
         return {}
     if "*" in benchmark.sha256:
-        return {"*": _sha256(files)}
-    return {path.name: _sha256([path]) for path in files}
-
-
-def _sha256(paths: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+        return {"*": sha256_of(files)}
+    return {path.name: sha256_of([path]) for path in files}
 
 
 def _count(configs: Configs) -> dict[str, int]:

@@ -7,7 +7,7 @@ from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
-from evals.data import PREPARED
+from evals.prepared import PREPARED
 from megagpt.errors import EvalError
 
 KNOWN, DIFFERS, NOT_KNOWN = "known", "differs", ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -12,10 +11,10 @@ import datasets
 from datasets.exceptions import DatasetsError
 
 from evals.benchmarks import BENCHMARKS, Benchmark, Configs
-from evals.data import FORMAT, PREPARED, PreparedBenchmark, PreparedReport, write_dataset
+from evals.data import PreparedReport, write_dataset
+from evals.prepared import PreparedBenchmark, Record
 from evals.scoring import quiet_bars
 from evals.task_loader import data_sets, hub_problem
-from megagpt.atomic import write_file
 from megagpt.errors import EvalError
 
 
@@ -29,9 +28,12 @@ def prepare_from_hub(
         out: folder to write; `eval run --data` takes it.
         on_progress: told how many configs of data sets are loaded, and of how many.
 
+    What an earlier call wrote into `out` stays, in the record, too. The record is written after each data set, with
+    the hash of every file, so that later damage is seen of data sets whose official numbers are not known as well.
+
     Returns:
-        What became of the benchmarks that megagpt knows the numbers of. A benchmark with other numbers than the
-        official ones is refused and not written.
+        What became of the benchmarks that megagpt knows the numbers of, those of earlier calls among them. A benchmark
+        with other numbers than the official ones is refused and not written.
 
     Raises:
         EvalError: an unknown task, a hub that cannot be reached, or a data set that cannot be loaded; what is
@@ -42,7 +44,8 @@ def prepare_from_hub(
         raise EvalError(f"the hub cannot be reached ({reason}); prepare from a folder, or set HF_ENDPOINT to a mirror")
     total = sum(len(configs) for configs in wanted.values())
     done = 0
-    found: dict[str, PreparedBenchmark] = {}
+    record = Record.read(out)
+    shown: dict[str, PreparedBenchmark] = {}
     for hub_id, names in wanted.items():
         configs: Configs = {}
         for name in names:
@@ -53,12 +56,22 @@ def prepare_from_hub(
         judged = {benchmark.name: _judge(benchmark, configs) for benchmark in known}
         refused = {config for found_one, config in _configs_of(judged, configs) if found_one.status == "refused"}
         kept = {name: splits for name, splits in configs.items() if name not in refused}
-        written = write_dataset(out, hub_id, kept) if kept else {}
-        found |= {name: _with_files(one, written, configs) for name, one in judged.items()}
-    report = PreparedReport(out, {name: found.get(name, _missing(name)) for name in BENCHMARKS})
-    content = {"format": FORMAT, "benchmarks": {name: asdict(one) for name, one in report.benchmarks.items()}}
-    write_file(out / PREPARED, json.dumps(content, indent=1).encode())
-    return report
+        written = write_dataset(out, hub_id, kept, record.splits(hub_id)) if kept else {}
+        found = {name: _with_files(one, written, configs) for name, one in judged.items()}
+        record = _merged(record, hub_id, found, written)
+        record.write(out)
+        shown |= {name: one for name, one in found.items() if one.status == "refused"}
+    return PreparedReport(out, record.benchmarks | shown)
+
+
+def _merged(before: Record, hub_id: str, found: Mapping[str, PreparedBenchmark], written: Mapping[str, str]) -> Record:
+    """The record with one more data set; an earlier benchmark that is whole is replaced only by one that is."""
+    benchmarks = {name: before.benchmarks.get(name, _missing(name)) for name in BENCHMARKS}
+    benchmarks |= {name: one for name, one in found.items() if one.status == "ok" or benchmarks[name].status != "ok"}
+    hashed = {path for one in found.values() for path in one.written_sha256}
+    rest = {path: digest for path, digest in written.items() if path not in hashed}
+    files = before.others.get(hub_id, {}) | rest
+    return Record(benchmarks, before.others | ({hub_id: files} if files else {}))
 
 
 def _load(hub_id: str, name: str | None) -> dict[str, list[dict[str, Any]]]:

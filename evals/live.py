@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,8 +21,9 @@ from evals.sample_files import clustered_metrics
 from evals.scoring import Scores, quiet_bars, score_task
 from evals.sharing import Sharing
 from evals.suites import SuiteTask, resolve_tasks
-from evals.task_loader import FEWSHOT_SEED, NUMPY_SEED, RANDOM_SEED, LoadedTask, load_task, plan_task
+from evals.task_loader import FEWSHOT_SEED, NUMPY_SEED, RANDOM_SEED, LoadedTask, RunsCodeError, load_task, plan_task
 from megagpt.config.schema import TrainingRun
+from megagpt.errors import EvalError
 from megagpt.model.packed import FAST
 from megagpt.parallel.decode import ParallelDecoder
 from megagpt.parallel.mesh import Mesh
@@ -47,30 +48,68 @@ class Member:
 def load_live_benchmarks(config: TrainingRun, tokenizer: Tokenizer, mesh: Mesh, suites_dir: Path) -> LiveBenchmarks:
     """Load the tasks of `eval.tasks`, one process of each host first: the others then read what it prepared.
 
+    What a suite has and training cannot score is left out, and `LiveBenchmarks.lines` say so.
+
     Raises:
-        EvalError: on every process: a task that does not exist, or whose data cannot be reached.
+        EvalError: on every process: a task that does not exist, or whose data cannot be reached; one that is named by
+            itself and cannot be scored during training; or nothing is left to score.
     """
     sharing = Sharing(mesh)
     cache_dir = config.run.dir / "evals" / "cache"
     members = []
+    left_out: dict[str, str] = {}
     for task in resolve_tasks(config.eval.tasks, suites_dir):
         if task.task == HELDOUT:
+            left_out[HELDOUT] = "eval.every is for that"
             continue
         limit = min(task.limit or config.eval.tasks_limit, config.eval.tasks_limit)
         bounded = SuiteTask(task=task.task, shots=task.shots, limit=limit)
 
-        def load(task: SuiteTask = bounded) -> LoadedTask:
+        def load(task: SuiteTask = bounded) -> LoadedTask | RunsCodeError:
             with quiet_bars():
-                return load_task(plan_task(task.task, config.eval.data, cache_dir), task.shots)
+                try:
+                    plan = plan_task(task.task, config.eval.data, cache_dir)
+                except RunsCodeError as error:
+                    return error
+                return load_task(plan, task.shots)
 
-        members.append(Member(bounded, sharing.first_on_each_host(load)))
-    return LiveBenchmarks(config, tokenizer, mesh, members)
+        loaded = sharing.first_on_each_host(load)
+        if isinstance(loaded, RunsCodeError):
+            left_out[task.task] = str(loaded)
+        else:
+            members.append(Member(bounded, loaded))
+    _check_named(config.eval.tasks, left_out, [member.task.task for member in members])
+    lines = [f"eval.tasks: {task} is not scored during training: {reason}" for task, reason in left_out.items()]
+    return LiveBenchmarks(config, tokenizer, mesh, members, lines)
+
+
+def _check_named(names: Sequence[str], left_out: Mapping[str, str], scored: Sequence[str]) -> None:
+    """A suite may have tasks that training leaves out; whoever names one of them by itself is told before training.
+
+    Raises:
+        EvalError: such a name, or nothing is left to score.
+    """
+    named = [name for name in names if name in left_out]
+    if named or not scored:
+        wrong = named or list(left_out)
+        reasons = "; ".join(f"{task}: {left_out[task]}" for task in wrong)
+        rest = [name for name in names if name not in left_out] if scored else []
+        fix = f"write eval.tasks=[{', '.join(rest)}]" if rest else "leave eval.tasks and eval.tasks_every out"
+        raise EvalError(f"eval.tasks={list(names)}: cannot be scored during training: {reasons}; {fix}")
 
 
 class LiveBenchmarks:
     """`megagpt.train.benchmarks.Benchmarks` through lm-eval."""
 
-    def __init__(self, config: TrainingRun, tokenizer: Tokenizer, mesh: Mesh, members: Sequence[Member]) -> None:
+    def __init__(
+        self,
+        config: TrainingRun,
+        tokenizer: Tokenizer,
+        mesh: Mesh,
+        members: Sequence[Member],
+        lines: Sequence[str] = (),
+    ) -> None:
+        self.lines = tuple(lines)
         self._config = config
         self._tokenizer = tokenizer
         self._mesh = mesh

@@ -77,8 +77,12 @@ class TaskResult:
     """Name of the file of single answers, beside this one."""
     environment: dict[str, Any] = field(default_factory=dict)
     """What it was computed with (`evals.reuse.describe_environment`); empty in files of before it was recorded."""
+    generation: dict[str, Any] = field(default_factory=dict)
+    """How texts were drawn where the task's definition does not say it: until, max_gen_toks, temperature ..."""
     reused: bool = False
-    """Read from an earlier evaluation of the same weights, settings and data; not stored."""
+    """Read from an earlier evaluation of the same weights, settings, data and code; not stored."""
+    again: str = ""
+    """Why an earlier score did not stand for this one; not stored."""
 
     @property
     def is_judged(self) -> bool:
@@ -88,7 +92,7 @@ class TaskResult:
     def to_json(self) -> bytes:
         """The file's content."""
         content = {"format": FORMAT, **asdict(self)}
-        del content["reused"]
+        del content["reused"], content["again"]
         return json.dumps(without_nan(content), indent=1, ensure_ascii=False).encode() + b"\n"
 
     @classmethod

@@ -29,6 +29,7 @@ from evals.humaneval import (
 )
 from evals.invariance import bits_of, make_batch_invariant
 from evals.results import Metric, TaskResult, hash_settings, make_metric
+from evals.reuse import describe_environment, device_name, differences
 from evals.sample_files import with_clustered_intervals
 from evals.scoring import BOOTSTRAP_ITERATIONS, quiet_bars, score_task
 from evals.sharing import Sharing
@@ -84,7 +85,7 @@ class EvalRequest:
 def run_evals(
     request: EvalRequest, console: Console, load: Load | None = None, sharing: Sharing | None = None
 ) -> list[TaskResult]:
-    """Evaluate, reusing what is already known about the same weights, settings and data.
+    """Evaluate, reusing what the same code already found about the same weights, settings and data.
 
     Every task's file is written as soon as the task is done. A task whose data cannot be reached, or whose
     requests exceed the model's context, has the status `unavailable` and the reason; the others go on.
@@ -124,24 +125,34 @@ class Evaluation:
         self.checkpoint = checkpoint
         self.sharing = sharing or Sharing()
         self._load = load or (lambda found: found.load_model(DTYPES[request.dtype], request.device))
+        self._why_again: dict[str, str] = {}
         self.out = request.out or checkpoint.run_dir / "evals" / f"step_{checkpoint.step:08d}"
         self.cache_dir = request.cache_dir or checkpoint.run_dir / "evals" / "cache"
         self.max_seq_len = checkpoint.model_config.max_seq_len
 
-    @functools.cached_property
+    @property
     def model(self) -> Model:
-        """The weights."""
+        """The weights; whoever has them has them with the arithmetic decided. Every process asks at the same time."""
+        _ = self._bits
+        return self._weights
+
+    @functools.cached_property
+    def _weights(self) -> Model:
         return self._load(self.checkpoint)
+
+    @property
+    def _wants_invariant(self) -> bool:
+        return self.request.batch_invariant and self.request.dtype == "fp32"
 
     @functools.cached_property
     def _bits(self) -> str | None:
         """What row-invariant arithmetic gives here, the same on every process; None where there is none."""
-        wanted = self.request.batch_invariant and self.request.dtype == "fp32"
-        if wanted and self.sharing.all(make_batch_invariant(self.model)):
-            here = bits_of(self.model)
+        model = self._weights
+        if self._wants_invariant and self.sharing.all(make_batch_invariant(model)):
+            here = bits_of(model)
             if self.sharing.all(here == self.sharing.from_main(lambda: here)):
                 return here
-        self.model.packing = FAST  # on this process it may have held
+        model.packing = FAST  # on this process it may have held
         return None
 
     @property
@@ -150,12 +161,22 @@ class Evaluation:
         return self._bits is not None
 
     @functools.cached_property
+    def environment(self) -> dict[str, Any]:
+        """What computes, as results record it; the weights are not needed for it."""
+        return describe_environment(
+            self.sharing.device or torch.device(self.request.device),
+            self.sharing.layout,
+            self.checkpoint.manifest.tokenizer,
+            wants_invariant=self._wants_invariant,
+            share_prefixes=self.request.share_prefixes,
+        )
+
+    @functools.cached_property
     def arithmetic(self) -> str:
         """What two evaluations have in common whose answers are the same numbers; the same on every process."""
         if self._bits is not None:
             return f"row-invariant: {self._bits}"
-        device = self.model.device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+        name = device_name(self.model.device)
         request = self.request
         batches = f"batches of {request.batch_size}, prefixes shared: {request.share_prefixes}"
         threads = torch.get_num_threads()
@@ -230,7 +251,6 @@ class Evaluation:
         self, answers: AnswerStore | None = None, on_progress: Callable[[int, int], None] | None = None
     ) -> MegaGPTLM:
         """The model as lm-eval sees it."""
-        _ = self.batch_invariant
         return MegaGPTLM(
             self.model,
             self.tokenizer,
@@ -275,6 +295,7 @@ class Evaluation:
                 answers_resumed=lm.n_resumed,
                 answers_damaged=answers.n_damaged,
                 batch_invariant=self.batch_invariant,
+                generation=arguments,
             )
             written = result.write(self.out, sample_lines(chosen, scores.attempts))
             answers.remove()
@@ -317,6 +338,7 @@ class Evaluation:
             seconds=time.monotonic() - started,
             tokens_computed=loss.n_tokens,
             tokens_naive=loss.n_tokens,
+            batch_invariant=self.batch_invariant,
         )
         return self.sharing.from_main(lambda: result.write(self.out))
 
@@ -348,6 +370,8 @@ class Evaluation:
             "settings_hash": hash_settings(settings),
             "lm_eval_version": lm_eval.__version__,
             "data": {**asdict(data), "absent_splits": list(data.absent_splits)},
+            "environment": self.environment,
+            "again": self._why_again.get(task.task, ""),
         }
 
     def _settings(self, task: SuiteTask) -> dict[str, Any]:
@@ -366,19 +390,14 @@ class Evaluation:
         return TaskResult.read(path) if path.is_file() else None
 
     def _reusable(self, task: SuiteTask, data: DataOrigin) -> TaskResult | None:
-        """An earlier score of the same weights, settings, data and lm-eval."""
+        """An earlier score that is what would be found now; where it is not, the new one tells why."""
         before = self._stored(task)
         if before is None or before.status != "ok":
             return None
-        wanted = self._header(task, data)
-        same = (
-            before.checkpoint["hash"] == self.checkpoint.hash
-            and before.settings_hash == wanted["settings_hash"]
-            and before.lm_eval_version == wanted["lm_eval_version"]
-            and all(before.data[key] == wanted["data"][key] for key in ("origin", "sha256"))
-            and (data.sha256 is not None or before.data["path_or_id"] == data.path_or_id)
-        )
-        return TaskResult(**{**_fields(before), "reused": True}) if same else None
+        if reasons := differences(before, self._header(task, data)):
+            self._why_again[task.task] = "; ".join(reasons)
+            return None
+        return TaskResult(**{**_fields(before), "reused": True})
 
 
 def _loss_metric(value: float, stderr: float | None) -> Metric:
@@ -397,11 +416,13 @@ def _one_line(result: TaskResult) -> str:
     if result.status != "ok":
         return f"{result.task}: unavailable: {result.reason}"
     scores = ", ".join(f"{name} {metric.value:.4f}" for name, metric in result.metrics.items())
-    how = "reused: same weights, settings and data" if result.reused else f"{result.n} in {result.seconds:.1f} s"
+    how = "reused: same weights, settings, data and code" if result.reused else f"{result.n} in {result.seconds:.1f} s"
     if result.tokens_computed and not result.reused:
         how += f", {result.tokens_computed:,} tokens of {result.tokens_naive:,}"
     if result.answers_resumed:
         how += f", {result.answers_resumed:,} answers of a killed evaluation"
     if result.answers_damaged:
         how += f", {result.answers_damaged} of its lines damaged"
+    if result.again:
+        how += f"; scored again, the earlier score is not of the same: {result.again}"
     return f"{result.task}: {scores or f'{len(result.subtasks)} tasks'} ({how})"

@@ -69,6 +69,11 @@ def step_folders(evals_dir: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
+def has_results(folder: Path) -> bool:
+    """Whether a step's folder holds the result of any task."""
+    return any(path.name != GENERATIONS_FILE for path in folder.glob("*.json"))
+
+
 def read_results(folder: Path) -> tuple[TaskResult, ...]:
     """The results of one checkpoint, by task.
 
@@ -97,15 +102,16 @@ def document_scores(result: TaskResult, rows: Sequence[Row]) -> dict[str, Docume
 
     Perplexity, for instance, is none: the exponential of a mean has no value for a single document that adds up.
     A document that was answered several times (HumanEval's samples) is one document: its value is the mean over its
-    answers, and of pass@k the unbiased estimate from them.
+    answers, and of pass@k the unbiased estimate from them. A document that stands twice otherwise stands twice here.
     """
     return _document_scores(result.task, result.metrics, rows)
 
 
 def _document_scores(task: str, metrics: Mapping[str, Metric], rows: Sequence[Row]) -> dict[str, DocumentScores]:
-    found: dict[str, dict[Key, list[tuple[Row, float]]]] = {}
-    for row in rows:
-        key = (str(row.get("task", task)), str(row.get("doc_id")))
+    found: dict[str, dict[tuple[Key, int], list[tuple[Row, float]]]] = {}
+    for number, row in enumerate(rows):
+        document = (str(row.get("task", task)), str(row.get("doc_id")))
+        key = (document, 0 if "sample" in row else number)
         for name, value in (row.get("metrics") or {}).items():
             if isinstance(value, bool | int | float):
                 filter_name = row.get("filter", "none")
@@ -122,7 +128,7 @@ def _document_scores(task: str, metrics: Mapping[str, Metric], rows: Sequence[Ro
         firsts = [each[0][0] for each in answers.values()]
         scores[metric] = DocumentScores(
             metric,
-            tuple(answers),
+            tuple(document for document, _ in answers),
             tuple(str(row.get("doc_hash")) for row in firsts),
             tuple(str(row.get("prompt_hash")) for row in firsts),
             tuple(values),

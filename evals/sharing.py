@@ -10,6 +10,8 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
+import torch
+
 from megagpt.errors import EvalError, MegaGPTError
 from megagpt.parallel.mesh import Mesh
 
@@ -59,6 +61,11 @@ class Sharing:
     def keeps_answers(self) -> bool:
         """True on one of the processes that share a model: its peers have the same answers."""
         return self._mesh is None or (self._mesh.tensor_rank == 0 and self._mesh.pipeline_rank == 0)
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where this process computes; None for a process alone, which the user tells."""
+        return None if self._mesh is None else self._mesh.device
 
     @property
     def writer(self) -> str:

@@ -59,7 +59,7 @@ def leaves_out_zero(interval: tuple[float, float]) -> bool:
     return interval[0] > 0 or interval[1] < 0
 
 
-def clustered_stderr(scores: Sequence[float], clusters: Sequence[Any]) -> float:
+def clustered_stderr(scores: Sequence[float] | Floats, clusters: Sequence[Any]) -> float:
     """Standard error of a mean over documents that come in groups, such as MMLU's subjects.
 
     sqrt(SE^2 + 1/n^2 sum over groups c of sum over i != j in c of (s_i - mean)(s_j - mean)), with SE^2 = s^2 / n, the
@@ -161,12 +161,19 @@ def minimum_detectable_difference(stderr: float, power: float = 0.8, alpha: floa
     return (normal.inv_cdf(1 - alpha / 2) + normal.inv_cdf(power)) * stderr
 
 
-def paired_stderr(a: Sequence[float], b: Sequence[float]) -> float:
-    """Standard error of the mean of b - a over independent documents; NaN for one.
+def paired_stderr(a: Sequence[float], b: Sequence[float], *, clusters: Sequence[Any] | None = None) -> float:
+    """Standard error of the mean of b - a, over independent documents or over groups of them; NaN for one document.
 
-    Source: Miller 2024, "Adding Error Bars to Evals", equation 7.
+    Source: Miller 2024, "Adding Error Bars to Evals", equation 7; of groups, its equation 4 for these differences.
+
+    Args:
+        a: (n,) scores of one model.
+        b: (n,) scores of the other on the same documents in the same order.
+        clusters: (n,) group of each document, two groups at least; None where documents are independent.
     """
     differences = np.asarray(b, np.float64) - np.asarray(a, np.float64)
+    if clusters is not None:
+        return clustered_stderr(differences, clusters)
     return float(differences.std(ddof=1) / math.sqrt(len(differences))) if len(differences) > 1 else math.nan
 
 

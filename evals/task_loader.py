@@ -45,6 +45,10 @@ class TaskUnavailableError(EvalError):
     """A task's data or its sandbox cannot be reached: its row in the results says so, the other tasks go on."""
 
 
+class RunsCodeError(TaskUnavailableError):
+    """A task runs code that the model wrote, which is done for humaneval alone and by `megagpt eval run` alone."""
+
+
 @dataclass(frozen=True)
 class DataOrigin:
     """Where a task's rows come from."""
@@ -90,14 +94,16 @@ def plan_task(name: str, data_dir: Path | None, cache_dir: Path) -> TaskPlan:
 
     Raises:
         EvalError: there is no task of that name.
-        TaskUnavailableError: it runs generated code, or its local data is refused.
+        RunsCodeError: it runs generated code.
+        TaskUnavailableError: its local data is refused.
     """
     index = _find_index(name)
     definitions = {leaf: load_yaml(index[leaf].yaml_path, resolve_func=False) for leaf in _leaves(index, name)}
     unsafe = sorted(leaf for leaf, definition in definitions.items() if definition.get("unsafe_code"))
     if unsafe:
-        raise TaskUnavailableError(
-            f"{', '.join(unsafe)} runs code that the model wrote; of such tasks megagpt runs humaneval alone"
+        raise RunsCodeError(
+            f"{', '.join(unsafe)} runs code that the model wrote; megagpt does that for humaneval alone, and only in "
+            "`megagpt eval run --tasks humaneval --allow-code`"
         )
     own = index[name].yaml_path
     if own is not None and own.parent == OWN_TASKS:
@@ -145,7 +151,7 @@ def load_task(plan: TaskPlan, n_shots: int | None = None, *, check_counts: bool 
     Args:
         plan: from `plan_task`.
         n_shots: few-shot examples; None for the definition's own. As in lm-eval, a definition that sets 0 keeps 0.
-        check_counts: whether known benchmarks from local folders must have their official number of documents.
+        check_counts: whether known benchmarks must have their official number of documents.
 
     Raises:
         TaskUnavailableError: the data cannot be reached or loaded, or is only a part of the benchmark.
@@ -165,7 +171,7 @@ def load_task(plan: TaskPlan, n_shots: int | None = None, *, check_counts: bool 
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
     loaded = LoadedTask(plan.name, tasks, groups, plan.data)
-    if check_counts and plan.data.origin == "local":
+    if check_counts and plan.data.origin != "package":
         _check_counts(loaded)
     return loaded
 

@@ -26,9 +26,10 @@ def eval_compare(evaluations: tuple[Path, ...], as_json: bool, out: Path | None)
     """Compare evaluations of the same documents with the first of them.
 
     EVALUATIONS are runs (their newest results), checkpoints, or folders of results. Each metric: both scores, the
-    difference with its paired 95% interval, the exact McNemar test, corrected for the number of tests. A task with
-    other documents, shots, prompts or data is not compared, and the table says what differs. Exit code 1: there is
-    such a task; 2: nothing can be compared.
+    difference with its paired 95% interval, the exact McNemar test (of documents in groups, such as MMLU's subjects, a
+    z-test over groups), corrected for the number of tests. A task with other documents, shots, prompts, data or ways to
+    draw completions is not compared, and the table says what differs. It also says what differs and does not forbid to
+    compare: precision, prompts that were cut on one side. Exit code 1: a task is not compared; 2: none can be.
     """
     from rich.console import Console
 

@@ -310,8 +310,9 @@ class EvalSection(Section):
     """Validation sequences an evaluation, the same ones each time; all of them where there are fewer."""
     tasks: tuple[str, ...] = ()
     """Suites (configs/evals) and tasks of lm-eval that are scored on the model while it trains. `heldout` in a suite is
-    left out: `every` is for that. Scores, and for multiple choice what moves before them, the bits per byte of the
-    right answer and its margin, go to metrics.jsonl and evals/training/ of the run."""
+    left out (`every` is for that), as is `humaneval`, which runs code; the terminal says so. Scores, and for multiple
+    choice what moves before them, the bits per byte of the right answer and its margin, go to metrics.jsonl and
+    evals/training/ of the run."""
     tasks_every: NonNegativeInt = 0
     """Steps between them, also before the first step and after the last; 0 means never."""
     tasks_limit: PositiveInt = 100

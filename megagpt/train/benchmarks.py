@@ -31,6 +31,10 @@ class BenchmarkScores:
 class Benchmarks(Protocol):
     """Tasks that are loaded, on this process."""
 
+    @property
+    def lines(self) -> Sequence[str]:
+        """What a user must know before training: what of `eval.tasks` is left out, and why."""
+
     def score(self, step: int, model: ParallelDecoder) -> BenchmarkScores:
         """Score them; every process of the run calls it. The main one writes the files."""
 

@@ -145,6 +145,8 @@ def _train_in_folder(config: TrainingRun, opened: Opened, mesh: Mesh, console: C
     mesh.on_main(lambda: log_start(config.run.dir, state.step, cut_off, **told))
     with progress, closing(metrics), _saver(config, engine, store, identity, progress) as saver:
         progress.say(_greeting(config, state, engine))
+        for line in () if opened.benchmarks is None else opened.benchmarks.lines:
+            progress.say(line)
         for key, (before, now) in changes.items():
             progress.say(f"changed since the checkpoint: {key} from {before!r} to {now!r}")
         final = train(

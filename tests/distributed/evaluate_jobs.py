@@ -92,6 +92,6 @@ def score_cut_vocabulary() -> None:
 
 
 def requests(run_dir: Path, out: Path, batch_size: int = 4) -> EvalRequest:
-    """Multiple choice, generation and held-out loss: every kind of request."""
-    tasks = ("megagpt_smoke", "megagpt_smoke_generate", "heldout")
+    """Held-out loss, multiple choice, generation: every kind of request, in the order of the suites."""
+    tasks = ("heldout", "megagpt_smoke", "megagpt_smoke_generate")
     return EvalRequest(run_dir, tasks, limit=18, batch_size=batch_size, out=out, suites_dir=Path("none"))

@@ -19,6 +19,10 @@ from tests.tiny import run_words
 
 LAST, EVERY, LIMIT = 4, 2, 9
 TASKS = "eval.tasks=[megagpt_smoke, megagpt_smoke_generate]"
+SUITE = """
+description: As the project's own suites, tasks that training leaves out among them.
+tasks: [{task: heldout}, {task: megagpt_smoke}, {task: megagpt_smoke_generate}, {task: humaneval}]
+"""
 
 
 def train(words: list[str]) -> int:
@@ -74,8 +78,15 @@ def check(case, tmp_path, tokens, tokenizer_file):  # noqa: F811
     world_size, words = case
     plain, scored = tmp_path / "plain", tmp_path / "scored"
     start(train, world_size, command(plain, tokens, tokenizer_file, *words), log=tmp_path / "plain.log").finish(120)
-    more = (*words, TASKS, f"eval.tasks_every={EVERY}", f"eval.tasks_limit={LIMIT}", "eval.tasks_batch_size=3")
-    start(train, world_size, command(scored, tokens, tokenizer_file, *more), log=tmp_path / "scored.log").finish(120)
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(SUITE)
+    tasks = (f"eval.tasks=[{suite}]", f"eval.tasks_every={EVERY}", f"eval.tasks_limit={LIMIT}")
+    more = (*words, *tasks, "eval.tasks_batch_size=3", "log.progress=true")
+    group = start(train, world_size, command(scored, tokens, tokenizer_file, *more), log=tmp_path / "scored.log")
+    group.finish(120)
+    said = " ".join(group.output().split())
+    for task in ("heldout", "humaneval"):
+        assert said.count(f"eval.tasks: {task} is not scored during training: ") == 1
     rows = metric_rows(scored)
     evaluated = [row for row in rows if "tasks_seconds" in row]
     # The trajectory, to the last bit.

@@ -23,6 +23,8 @@ from tests.tiny import run_words
 
 ROOT = Path(__file__).resolve().parents[2]
 QUIET = Console(quiet=True)
+QUESTIONS_FIRST = ("megagpt_smoke", "megagpt_smoke_generate", "heldout")
+"""The order for faults, which are in questions; the scores are those of any order."""
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +118,7 @@ def test_padding_never_counts_and_the_first_of_equal_logits_wins_wherever_it_lie
 
 
 def test_an_error_on_one_process_is_the_error_of_all(run_dirs, tmp_path):
-    request = requests(run_dirs["gpt2"], tmp_path / "out")
+    request = replace(requests(run_dirs["gpt2"], tmp_path / "out"), tasks=QUESTIONS_FIRST)
     group = start(evaluate, 2, request, Layout(), "an error of ours", log=tmp_path / "log")
     assert group.wait(60) == [2, 2]
     assert {f"rank {rank}: this question has no answer" for rank in (0, 1)} <= set(group.output().splitlines())
@@ -124,7 +126,7 @@ def test_an_error_on_one_process_is_the_error_of_all(run_dirs, tmp_path):
 
 @pytest.mark.exhaustive
 def test_processes_that_build_other_requests_stop_before_they_score(run_dirs, tmp_path):
-    request = requests(run_dirs["gpt2"], tmp_path / "out")
+    request = replace(requests(run_dirs["gpt2"], tmp_path / "out"), tasks=QUESTIONS_FIRST)
     group = start(evaluate, 2, request, Layout(), "other limit", log=tmp_path / "log")
     assert group.wait(60) == [2, 2]
     assert group.output().count("the requests of rank 1 are not those of rank 0") == 2
@@ -134,7 +136,7 @@ def test_processes_that_build_other_requests_stop_before_they_score(run_dirs, tm
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 1), (1, 2)], ids=["data", "tensor", "pipeline"])
 def test_a_process_that_crashes_ends_the_others_at_once(tensor, pipeline, run_dirs, tmp_path):
-    request = requests(run_dirs["gpt2"], tmp_path / "out")
+    request = replace(requests(run_dirs["gpt2"], tmp_path / "out"), tasks=QUESTIONS_FIRST)
     began = time.monotonic()
     group = start(evaluate, 2, request, Layout(tensor, pipeline), "a crash", log=tmp_path / "log")
     codes = group.wait(60)
@@ -145,7 +147,7 @@ def test_a_process_that_crashes_ends_the_others_at_once(tensor, pipeline, run_di
 
 @pytest.mark.exhaustive
 def test_what_several_processes_had_answered_when_one_was_killed_is_not_asked_again(run_dirs, expected, tmp_path):
-    request = requests(run_dirs["gpt2"], tmp_path / "out")
+    request = replace(requests(run_dirs["gpt2"], tmp_path / "out"), tasks=QUESTIONS_FIRST)
     start(evaluate, 2, request, Layout(), "a crash", log=tmp_path / "log").wait(60)
     assert not list((tmp_path / "out").glob("*.json"))
     smoke, *_ = run_evals(request, QUIET)
@@ -168,7 +170,7 @@ def test_what_several_processes_had_answered_when_one_was_killed_is_not_asked_ag
 def test_another_layout_takes_answers_only_where_they_are_the_same_numbers(
     family, processes, tensor, changes, is_shared, run_dirs, tmp_path
 ):
-    request = replace(requests(run_dirs[family], tmp_path / "out"), **changes)
+    request = replace(requests(run_dirs[family], tmp_path / "out"), tasks=QUESTIONS_FIRST, **changes)
     start(evaluate, processes, request, Layout(tensor), "a late crash", log=tmp_path / "log").wait(60)
     assert not list((tmp_path / "out").glob("megagpt_smoke.json"))
     assert list((tmp_path / "out" / "answers").iterdir())

@@ -62,6 +62,15 @@ def test_both_backends_are_timed_and_compared_and_an_ended_benchmark_goes_on(tok
     assert "not the lines of `megagpt bench evals`" in run(tmp_path, "--lines", str(lines)).output
 
 
+def test_a_task_generates_as_much_as_its_definition_says(tokenizer, tmp_path: Path) -> None:
+    save_run(tmp_path / "run", tokenizer)
+    write_all(tmp_path / "hub")
+    words = ["--checkpoint", str(tmp_path / "run"), "--data", str(tmp_path / "hub"), "--tasks", "gsm8k:0:1"]
+    shown = CliRunner().invoke(main, ["bench", "evals", *words])
+    assert shown.exit_code == 2
+    assert "gsm8k generates 256 tokens, but the model's context is 192" in " ".join(shown.output.split())
+
+
 @pytest.mark.parametrize("word", ["mmlu:five", "mmlu:5:6:7", ":5"])
 def test_a_task_that_is_not_well_said_is_an_error(tokenizer, tmp_path: Path, word: str) -> None:
     run_dir = save_run(tmp_path / "run", tokenizer)

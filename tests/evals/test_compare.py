@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -122,14 +123,138 @@ def test_mmlu_is_resampled_by_subject(tmp_path):
 
 
 def test_a_test_over_documents_is_not_enough_where_one_subject_makes_the_difference(tmp_path):
-    """50 documents of one of 24 subjects: McNemar's test counts 50, the interval over subjects one."""
+    """50 documents of one of 24 subjects: McNemar's test would count 50, interval and test over subjects count one."""
     leaves = [f"mmlu_subject{i // 50:02d}" for i in range(1200)]
     a = folder_of(tmp_path, "a", answers(*[0] * 1200), task="mmlu", leaves=leaves)
     b = folder_of(tmp_path, "b", answers(*[1] * 50, *[0] * 1150), task="mmlu", leaves=leaves)
     (row,) = compare([a, b]).differences
-    assert row.p_holm < 1e-14
+    assert mcnemar_exact(0, 50) < 1e-14
+    assert (row.test, row.only_a, row.only_b) == ("paired z, over groups", 0, 50)
+    # 50 of 1,200 by hand: groups' sums of residuals are 50 - 50/24 once and -50/24 in the 23 others.
+    residuals = [23 / 24] * 50 + [-1 / 24] * 1150
+    between = (50 - 50 / 24) ** 2 + 23 * (50 / 24) ** 2
+    squares = sum(each**2 for each in residuals)
+    stderr = (squares / 1199 / 1200 + (between - squares) / 1200**2) ** 0.5
+    assert row.p == pytest.approx(2 * (1 - NormalDist().cdf(50 / 1200 / stderr)))
+    assert row.p > 0.3
     assert row.ci95[0] == 0.0
     assert row.verdict == NOT_SHOWN
+    page = CliRunner().invoke(main, ["eval", "compare", str(a), str(b), "--out", str(tmp_path / "c.html")])
+    assert "z-test over groups" in " ".join(page.output.split())
+    assert "paired z, over groups" in squeeze(read_page(tmp_path / "c.html").text)
+
+
+def pass_rows(passed, samples):
+    """Lines of HumanEval's samples file: problem by problem, how many of its samples pass."""
+    return [
+        sample("humaneval", problem, {"pass@1": float(number < n)}, sample=number)
+        for problem, n in enumerate(passed)
+        for number in range(samples)
+    ]
+
+
+def humaneval_folder(tmp_path, name, passed, samples=4, **values):
+    folder = tmp_path / name / "evals" / "step_00000100"
+    n = len(passed)
+    settings = {"code": {"samples": samples, "temperature": 0.8}, "dtype": "fp32", "max_seq_len": 1024}
+    metrics = {"pass@1": Metric(sum(passed) / n / samples), "pass@10": Metric(0.9)}
+    values = {"n": n, "n_total": n, "settings": settings, "generation": {"max_gen_toks": 512}, **values}
+    make_result("humaneval", metrics, **values).write(folder, pass_rows(passed, samples))
+    return folder
+
+
+def test_several_samples_of_a_problem_are_compared_by_their_mean(tmp_path):
+    a = humaneval_folder(tmp_path, "a", [0, 1, 2, 4] * 5)
+    b = humaneval_folder(tmp_path, "b", [2, 2, 3, 4] * 5)
+    (row,) = compare([a, a]).differences
+    assert (row.difference, row.p, row.n) == (0, 1, 20)
+    (row,) = compare([a, b]).differences
+    assert (row.metric, row.n, row.test) == ("pass@1", 20, "paired z")
+    assert row.difference == pytest.approx(0.25)
+    stderr = np.std([0.5, 0.25, 0.25, 0] * 5, ddof=1) / 20**0.5  # of 20 problems, not of 80 completions
+    assert row.ci95 == pytest.approx((0.25 - 1.96 * stderr, 0.25 + 1.96 * stderr), abs=0.01)
+
+
+def test_an_answer_that_stands_twice_is_refused_and_told(tmp_path):
+    rows = [sample("arc_easy", i, {"acc": 1.0}) for i in (0, 1, 1)]
+    a = folder_of(tmp_path, "a", answers(1, 1, 1), rows=rows)
+    with pytest.raises(
+        EvalError, match="documents: 1 answers of the one and 1 of the other are not a document's first"
+    ):
+        compare([a, a])
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ({"samples": 4, "temperature": 0.2}, "temperature of completions: 0.8 and 0.2"),
+        ({"samples": 10, "temperature": 0.8}, "samples of completions: 4 and 10"),
+    ],
+)
+def test_completions_that_were_drawn_otherwise_are_not_compared(tmp_path, code, reason):
+    a = humaneval_folder(tmp_path, "a", [0, 1, 2, 4])
+    settings = {"code": code, "dtype": "fp32", "max_seq_len": 1024}
+    b = humaneval_folder(tmp_path, "b", [2, 2, 3, 4], settings=settings)
+    with pytest.raises(EvalError, match=re.escape(reason)):
+        compare([a, b])
+
+
+def with_settings(**settings):
+    return {"n_shots": None, "limit": None, "batch_size": 16, "dtype": "fp32", "max_seq_len": 1024, **settings}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"settings": with_settings(dtype="bf16")}, "dtype: fp32 and bf16"),
+        (
+            {"settings": with_settings(max_seq_len=2048), "truncated": 0},
+            "prompts that lost their beginning: 3 and 0 of 4 documents (contexts of 1024 and 2048 tokens)",
+        ),
+        ({"truncated": 3, "environment": {"tokenizer": "other", "code": "1"}}, "3 and 3 of 4 documents"),
+        ({"lm_eval_version": "0.4.14"}, "lm-eval: 0.4.13 and 0.4.14"),
+        ({"environment": {"tokenizer": "t", "code": "2"}}, "version of the evaluation's code: 1 and 2"),
+        ({"generation": {"max_gen_toks": 512}}, "completions of at most an unknown number of and 512 tokens"),
+        ({}, None),
+        ({"settings": with_settings(batch_size=3)}, None),
+        ({"environment": {}}, "3 and 3 of 4 documents"),  # of which tokenizer is not known
+    ],
+)
+def test_what_the_models_were_really_given_is_told_beside_the_numbers(tmp_path, change, told):
+    known = {"truncated": 3, "environment": {"tokenizer": "t", "code": "1"}, "settings": with_settings()}
+    a = folder_of(tmp_path, "a", answers(1, 0, 1, 0), **known)
+    b = folder_of(tmp_path, "b", answers(1, 1, 1, 0), **(known | change))
+    out = tmp_path / "c.json"
+    shown = CliRunner().invoke(main, ["eval", "compare", str(a), str(b), "--out", str(out)])
+    assert shown.exit_code == 0, shown.output
+    (row,) = json.loads(out.read_text())["differences"]
+    if told is None:
+        assert row["notes"] == []
+        assert "not the same" not in shown.output
+        return
+    (note,) = row["notes"]
+    assert told in note
+    assert f"not the same: arc_easy (a at step 100 and b at step 100): {note}" in " ".join(shown.output.split())
+    for name in ("c.html", "c.md"):
+        CliRunner().invoke(main, ["eval", "compare", str(a), str(b), "--out", str(tmp_path / name)])
+    assert squeeze(note) in squeeze(read_page(tmp_path / "c.html").text)
+    assert note in (tmp_path / "c.md").read_text()
+
+
+def test_contexts_differ_without_a_word_where_nothing_was_cut(tmp_path):
+    a = folder_of(tmp_path, "a", answers(1, 0))
+    b = folder_of(tmp_path, "b", answers(1, 1), settings=with_settings(max_seq_len=2048))
+    (row,) = compare([a, b]).differences
+    assert row.notes == ()
+
+
+def test_a_step_that_has_only_texts_is_not_the_newest_result_of_a_run(tmp_path):
+    folder_of(tmp_path, "a", answers(1, 0))
+    newer = tmp_path / "a" / "evals" / "step_00000200"
+    newer.mkdir()
+    (newer / "generations.json").write_text("{}")
+    found = compare([tmp_path / "a", tmp_path / "a"])
+    assert all("at step 100" in label for label in found.labels)
 
 
 @pytest.mark.parametrize(

@@ -190,6 +190,7 @@ def test_a_run_writes_completions_and_outcomes_and_is_not_made_twice(tmp_path: P
     assert (result.status, result.n, result.n_total) == ("ok", 3, 164)
     assert re.fullmatch(r"3 failed; completions have \d+ tokens at most, .* no room for 1024", result.reason)
     assert result.settings["code"] == {"samples": 1, "temperature": 0.0}
+    assert f"completions have {result.generation['max_gen_toks']} tokens at most" in result.reason
     folder = run_dir / "evals" / "step_00000010"
     lines = [json.loads(line) for line in (folder / result.samples).read_text().splitlines()]
     assert [(line["doc_id"], line["correct"], line["outcome"]) for line in lines] == [
