@@ -6,6 +6,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, Protocol
@@ -23,7 +24,8 @@ from megagpt.engine.corrections import unname_shared_buffers, unscale_with_the_s
 from megagpt.engine.disk import ScratchFile, reserve_for, swapping_through
 from megagpt.engine.ds_config import ds_config
 from megagpt.engine.gate import Gate
-from megagpt.engine.inspect import BadGradients, NonFinite, depth_of, gradients_inspected, origins
+from megagpt.engine.inspect import BadGradients, Inspection, NonFinite, depth_of, gradients_inspected, origins
+from megagpt.engine.loss_scale import SMALLEST, LossScale
 from megagpt.engine.op_lock import use_locks_that_end_with_their_process
 from megagpt.engine.replicas import bad_weights, check_replicas
 from megagpt.engine.sharded import fill_in_parts
@@ -60,9 +62,11 @@ class StepOutcome:
     skipped: bool
     """Nothing was updated: gradients overflowed in fp16, were not finite, or the judge refused the update."""
     loss_scale: float | None
-    """fp16 only."""
+    """fp16 only: of the next step, where this one's overflow, if it has one, is the scale's."""
     stop_requested: bool
     """Some process was asked to stop."""
+    scale_can_fall: bool = False
+    """fp16: where the gradient norm is not finite, it may be by a loss scale that is lowered for it."""
 
 
 def init_distributed(timeout: timedelta, *, device_type: Literal["cuda", "cpu"]) -> None:
@@ -101,16 +105,17 @@ class Engine:
         self.dtype = TORCH_DTYPES[config.train.dtype]
         self._zero_stage = config.parallel.zero_stage
         self._norm_is_told = config.parallel.zero_stage > 0 or config.optim.name == "muon"
-        self._fp16 = config.train.dtype == "fp16"
         _check_dtype(config.train.dtype, mesh.device)
         prepare_parameters(model, model.shards, mesh)
         self._engine = self._initialize(self._optimizer(param_groups, config), config)
-        if self._fp16:
+        self._loss_scale: LossScale | None = None
+        if config.train.dtype == "fp16":
             unscale_with_the_scale_of_the_step(self._engine.optimizer)
+            self._loss_scale = LossScale(self._engine.optimizer)
         spare_copies(self._engine, mesh.zero_parallel)
         self._gate = Gate(self._engine.optimizer)
         self._judge: Judge | None = None
-        self._together = False
+        self._together = self._compares = False
         self._losses: list[Tensor] = []
         self._inspected: BadGradients | None = None
         self._stopwatch = Stopwatch(mesh.device)
@@ -170,6 +175,7 @@ class Engine:
         stop: bool = False,
         judge: Judge | None = None,
         together: bool = False,
+        compare: bool = False,
     ) -> StepOutcome:
         """Forward and backward over this process's micro-batches, clip, update.
 
@@ -181,12 +187,14 @@ class Engine:
                 caller sees it in what this returns.
             together: where any process's judge refuses, all refuse; costs a small collective. For judges that
                 decide more than what is finite.
+            compare: `check_replicas` between backward and update, as also where a process was asked to stop: under
+                ZeRO-1 and 2 the update overwrites a weight that differs, and what was computed with it stays.
 
         Raises:
-            TrainingDiverged: without a judge, on all processes together and before the update: the loss or the
-                gradient norm is not finite.
+            TrainingDiverged: on all processes together and before the update: the loss or the gradient norm is not
+                finite (without a judge), or replicas differ.
         """
-        micro_batches = self._begin(micro_batches, lr, judge, together=together)
+        micro_batches = self._begin(micro_batches, lr, judge, together=together, compare=compare)
         self._engine.train()
         nll = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         last = len(micro_batches) - 1
@@ -205,6 +213,8 @@ class Engine:
             if self._inspected is not None:
                 self._inspected.micro_batch = index
             self._engine.backward(self._weighted(micro_nll))
+            if index == last:
+                self._compare_where_due(stop=stop)
             if index == last and not self._norm_is_told:
                 self._gate.passes(self._norm_without_zero())
             self._engine.step()
@@ -226,20 +236,40 @@ class Engine:
         weight = NonFinite(self.mesh.rank, self.mesh.data_parallel_rank, "weight", names=bad_weights(self.model))
         return origins(self._gathered(loss) + self._gathered(weight))
 
-    def inspect_step(self, micro_batches: Sequence[TokenBatch], lr: float) -> list[NonFinite]:
+    def inspect_step(self, micro_batches: Sequence[TokenBatch], lr: float, *, unscaled: bool = False) -> Inspection:
         """Compute a step's gradients again, without an update, to find who computes what is not finite.
 
-        All processes call it, with the random numbers of that step. An empty list: this time all is finite.
+        All processes call it, with the random numbers of that step.
+
+        Args:
+            micro_batches: of that step.
+            lr: of that step.
+            unscaled: in fp16, with a loss scale of 1 in place of that step's: what is finite then was an overflow.
         """
-        with gradients_inspected(self.model) as found:
+        scale = self._loss_scale
+        with ExitStack() as inside:
+            found = inside.enter_context(gradients_inspected(self.model))
+            if scale is not None:
+                inside.enter_context(scale.set_aside(SMALLEST if unscaled else scale.of_step))
             self._inspected = found
-            self.train_step(micro_batches, lr, judge=lambda loss, norm: False)  # noqa: ARG005
+            outcome = self.train_step(micro_batches, lr, judge=lambda loss, norm: False)  # noqa: ARG005
             self._inspected = None
         names = tuple(self.model.logical_name(name) for name in found.names)
         depth = max((depth_of(self.model, name) for name in found.names), default=(0, 0))
         micro = tuple(sorted(found.micro))
         own = NonFinite(self.mesh.rank, self.mesh.data_parallel_rank, "gradient", micro, names, depth)
-        return origins(self._gathered(own)) or self.blame()
+        is_finite = math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm)
+        return Inspection(origins(self._gathered(own)) or self.blame(), is_finite)
+
+    @property
+    def loss_scale(self) -> float | None:
+        """fp16 only: of the next step."""
+        return self._loss_scale.value if self._loss_scale is not None else None
+
+    def take_back_loss_scale(self) -> None:
+        """fp16: the last step was dropped for what is no overflow; its scale is the next one's too."""
+        if self._loss_scale is not None:
+            self._loss_scale.take_back()
 
     def _gathered(self, own: NonFinite) -> list[NonFinite]:
         return [one for one in self.mesh.gather(own) if one.micro_batches or one.names]
@@ -258,12 +288,14 @@ class Engine:
         return self._mean_loss(nll, targets)
 
     def _begin(
-        self, micro_batches: Sequence[TokenBatch], lr: float, judge: Judge | None, *, together: bool
+        self, micro_batches: Sequence[TokenBatch], lr: float, judge: Judge | None, *, together: bool, compare: bool
     ) -> list[TokenBatch]:
         """This process's part of each; count the step's targets: every one of them weighs the same in the loss."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        self._judge, self._together = judge, together
+        self._judge, self._together, self._compares = judge, together, compare
+        if self._loss_scale is not None:
+            self._loss_scale.begin()
         self._losses.clear()
         self._loss_of_step = math.nan
         self._gate.open(self._passes)
@@ -284,6 +316,11 @@ class Engine:
         if self._judge is None:
             self._check_finite("loss", loss)
         return loss, stops > 0
+
+    def _compare_where_due(self, *, stop: bool) -> None:
+        """Between backward and update. Where the run was asked to stop, this step is saved."""
+        if self._compares or stop:
+            self.check_replicas()
 
     def _passes(self, norm: float) -> bool:
         """What the gate asks before the update; where `together`, the same answer on all processes."""
@@ -327,8 +364,8 @@ class Engine:
     def engine_state(self) -> dict[str, float]:
         """Counters of the optimizer that are no tensors."""
         state: dict[str, float] = {"adam_step": slices.adam_step(self._engine.optimizer)}
-        if self._fp16:
-            state |= self._loss_scaler_state()
+        if self._loss_scale is not None:
+            state |= self._loss_scale.state()
         return state
 
     def restore(self, reader: SliceReader, state: Mapping[str, float]) -> None:
@@ -339,12 +376,8 @@ class Engine:
             return reader.read(self.model.logical_name(name), kind, start, numel, self.model.shards.get(name))
 
         slices.restore_slices(self._engine.optimizer, self.model, self.mesh.zero_rank, read, int(state["adam_step"]))
-        scaler = self._engine.optimizer.loss_scaler if self._fp16 else None
-        if scaler is not None and scaler.dynamic and "scaler_iter" in state:  # a fixed scale is the configuration's
-            scaler.cur_scale = state["loss_scale"]
-            scaler.cur_iter = int(state["scaler_iter"])
-            scaler.last_overflow_iter = int(state["last_overflow_iter"])
-            scaler.cur_hysteresis = int(state["hysteresis"])
+        if self._loss_scale is not None:
+            self._loss_scale.restore(state)
 
     def logical_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every parameter as if there were one process."""
@@ -383,11 +416,15 @@ class Engine:
         norm = self._gate.norm if self._gate.norm is not None else math.nan
         if applied and self._norm_is_told:
             norm = float(self._engine.get_global_grad_norm())
-        if self._judge is None and not self._fp16:
-            # DeepSpeed passes over non-finite gradients without a word; to us they end the run.
-            self._check_finite("gradient norm", norm if applied else math.nan)
-        scale = float(self._engine.optimizer.cur_scale) if self._fp16 else None
-        return StepOutcome(self._loss_of_step, norm, not applied, scale, stop)
+        scale = self._loss_scale
+        if scale is None:
+            if self._judge is None:
+                # DeepSpeed passes over non-finite gradients without a word; to us they end the run.
+                self._check_finite("gradient norm", norm if applied else math.nan)
+            return StepOutcome(self._loss_of_step, norm, not applied, None, stop)
+        if not applied and (math.isfinite(norm) or not math.isfinite(self._loss_of_step)):
+            scale.take_back()
+        return StepOutcome(self._loss_of_step, norm, not applied, scale.value, stop, scale.can_fall)
 
     def _check_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
@@ -395,17 +432,6 @@ class Engine:
                 f"{what} is {value}; the step was not saved and the last checkpoint stands. "
                 "Lower optim.lr, lengthen optim.warmup_steps, or look at the data of this step"
             )
-
-    def _loss_scaler_state(self) -> dict[str, float]:
-        scaler = self._engine.optimizer.loss_scaler
-        if not scaler.dynamic:  # parallel.extra.fp16.loss_scale
-            return {}
-        return {
-            "loss_scale": float(scaler.cur_scale),
-            "scaler_iter": int(scaler.cur_iter),
-            "last_overflow_iter": int(scaler.last_overflow_iter),
-            "hysteresis": int(scaler.cur_hysteresis),
-        }
 
 
 def _check_dtype(dtype: str, device: torch.device) -> None:

@@ -41,7 +41,6 @@ class Gate:
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
         self._judge: Judge = math.isfinite
-        self._scaler_before: dict[str, Any] | None = None
         self.norm: float | None = None
         """Of the step in hand; None where DeepSpeed saw an overflow before it took the norm."""
         self.refused = False
@@ -61,24 +60,17 @@ class Gate:
 
     def passes_scaled(self, norm: Any) -> bool:
         """Judge a norm that fp16's loss scale has multiplied; -1 and inf are DeepSpeed's words for not finite."""
-        scaler = self._optimizer.loss_scaler
-        passes = self.passes(math.nan if is_invalid_grad_norm(norm) else float(norm) / float(scaler.loss_scale))
-        # What was refused for another reason than an overflow says nothing about the scale.
-        is_overflow = math.isnan(self.norm if self.norm is not None else math.nan)
-        self._scaler_before = None if passes or is_overflow else dict(vars(scaler))
-        return passes
+        scale = float(self._optimizer.loss_scaler.loss_scale)
+        return self.passes(math.nan if is_invalid_grad_norm(norm) else float(norm) / scale)
 
     def close(self) -> None:
-        """The step is over: give the loss scale back what a refusal took from it, and forget its gradients.
+        """The step is over: forget its gradients.
 
         Where the optimizer is on the host, DeepSpeed 0.19.8 keeps the sums of a dropped step and adds the next step's
         to them. Needed until tests/distributed/test_refusals.py passes without it.
         """
         if getattr(self._optimizer, "overflow", False) and getattr(self._optimizer, "cpu_offload", False):
             self._optimizer.averaged_gradients = dict.fromkeys(self._optimizer.averaged_gradients)
-        if self._scaler_before is not None:
-            vars(self._optimizer.loss_scaler).update(self._scaler_before)
-            self._scaler_before = None
 
 
 def _install(optimizer: Any, gate: Gate) -> None:

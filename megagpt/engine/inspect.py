@@ -28,6 +28,16 @@ class NonFinite:
     """Of the first of them: its layer in the whole model, and its place there."""
 
 
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What a step that was computed once more gave."""
+
+    found: list[NonFinite]
+    """By rank; none where every process's own gradients are finite this time."""
+    is_finite: bool
+    """The loss, and the norm of the gradients that the processes have in common."""
+
+
 def origins(found: Sequence[NonFinite]) -> list[NonFinite]:
     """Those from whom the others have it.
 

@@ -79,9 +79,10 @@ class PipelinedEngine(Engine):
         stop: bool = False,
         judge: Judge | None = None,
         together: bool = False,
+        compare: bool = False,
     ) -> StepOutcome:
         """As its base; one forward and backward of every micro-batch through all stages."""
-        micro_batches = self._begin(micro_batches, lr, judge, together=together)
+        micro_batches = self._begin(micro_batches, lr, judge, together=together, compare=compare)
         self._stop, self._timed = stop, False
         self._nll_of_step = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         self._engine.train_batch(_for_both_ends(micro_batches))
@@ -141,6 +142,7 @@ class PipelinedEngine(Engine):
 
     def _update(self, engine: Any, theirs: dict[type, Any]) -> None:
         _, self._stop = self._agree(float(self._nll_of_step), stop=self._stop)
+        self._compare_where_due(stop=self._stop)
         theirs[schedule.OptimizerStep](engine)
 
     def _forward(self, engine: Any, theirs: dict[type, Any], which: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ Every row has `time` (UTC), `event` and `step`:
     spike               of the loss or gradient norm, and what was done
     rollback            to_step, skipped_batches
     skipped_batches     batches (first, end) that `train.skip_batches` passes over
-    nonfinite           action (skip or stop), which ranks and samples
+    nonfinite           action (skip or stop), which ranks and samples; loss_scale, where it is all that is wrong
     diverged            reason
     hung, slow_rank     which rank, in which phase
     failed              exit_code and cause, by `megagpt train --restarts`

@@ -41,7 +41,7 @@ class Saving(Protocol):
     """When checkpoints are due, and how one is made."""
 
     def is_due(self, step: int) -> bool:
-        """Whether to save after this step. Every process asks."""
+        """Whether to save after this step. Every process asks, before it."""
 
     def settle(self) -> None:
         """Wait for a save under way."""
@@ -80,6 +80,8 @@ class _Progress:
     """Batches that are passed over: those of the history and of the configuration."""
     rollbacks: Counter[int] = field(default_factory=Counter)
     """Checkpoint -> times that the run went back to it."""
+    saves: bool = False
+    """Whether a checkpoint follows the step in hand."""
 
 
 def train(config: TrainingRun, state: TrainState, use: Collaborators) -> TrainState:
@@ -112,11 +114,8 @@ def _train(config: TrainingRun, at: _Progress, use: Collaborators) -> TrainState
             _evaluate(config, state, use)
         if state.step == config.train.max_steps or _due(state.step, config.eval.tasks_every):
             _score_benchmarks(state, use)
-        is_last = outcome.stop_requested or state.step == config.train.max_steps
-        if is_last or use.saver.is_due(state.step):
-            _save(at, use, last=is_last)
-        elif _due(state.step, config.watch.replicas_every):
-            use.engine.check_replicas()
+        if at.saves or outcome.stop_requested:
+            _save(at, use, last=outcome.stop_requested or state.step == config.train.max_steps)
         if outcome.stop_requested:
             use.progress.say(f"asked to stop: saved at step {state.step}; the same command goes on from there")
             return state
@@ -128,6 +127,7 @@ def _step(config: TrainingRun, at: _Progress, policy: Policy, pace: Pace, use: C
     step, engine = at.state.step, use.engine
     use.watch.enter("step", step + 1, "reading data")
     started_at = time.perf_counter()
+    at.saves = use.saver.is_due(step + 1) or step + 1 == config.train.max_steps
     batch = batch_of(step, at.skipped)
     _tell_passed(step, at.skipped, use)
     micro_batches = use.batches.step(batch)
@@ -141,7 +141,12 @@ def _step(config: TrainingRun, at: _Progress, policy: Policy, pace: Pace, use: C
     lr = use.schedule(step)
     policy.begin(at.state.recent)
     outcome = engine.train_step(
-        micro_batches, lr, stop=use.stop.requested, judge=policy.judge, together=policy.together
+        micro_batches,
+        lr,
+        stop=use.stop.requested,
+        judge=policy.judge,
+        together=policy.together,
+        compare=at.saves or _due(step + 1, config.watch.replicas_every),
     )
     state = at.state.after_step(engine.plan.tokens_per_step, skipped=outcome.skipped)
     at.state = policy.end(state, outcome, Step(state.step, batch, micro_batches, lr, reseed))
@@ -247,7 +252,7 @@ def _record(state: TrainState, outcome: StepOutcome, lr: float, seconds: float, 
     if use.mfu_per_token_rate is not None:
         row["mfu"] = tokens_per_second * use.mfu_per_token_rate
     if outcome.loss_scale is not None:
-        row |= {"loss_scale": outcome.loss_scale, "skipped": outcome.skipped}
+        row |= {"loss_scale": use.engine.loss_scale, "skipped": outcome.skipped}
     elif outcome.skipped:
         row["skipped"] = True
     use.metrics.write(row)

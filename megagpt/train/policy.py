@@ -9,7 +9,7 @@ from typing import Any
 
 from megagpt.config.schema import WatchSection
 from megagpt.engine.engine import Engine, StepOutcome
-from megagpt.engine.inspect import NonFinite
+from megagpt.engine.inspect import Inspection, NonFinite
 from megagpt.errors import TrainingDiverged
 from megagpt.model.batch import TokenBatch
 from megagpt.train.spikes import SpikeRule, Window
@@ -33,6 +33,27 @@ class Step:
     lr: float
     reseed: Callable[[], None]
     """Gives the random numbers of the step again."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Trouble:
+    """What is not finite in a step."""
+
+    what: str
+    value: float
+    found: list[NonFinite]
+    """Where it began; nowhere where each process's own values were finite when they were computed again."""
+    again: bool = False
+    """Whether it was not finite then either."""
+    overflows_at: float | None = None
+    """fp16: a loss scale that cannot be lowered, and is all that is wrong."""
+
+    @property
+    def advice(self) -> str:
+        """For the person who comes to mend it."""
+        if self.overflows_at is not None:
+            return "Lower parallel.extra.fp16.loss_scale or parallel.extra.fp16.min_loss_scale, whichever is set"
+        return "Lower optim.lr, lengthen optim.warmup_steps, or look at the data of this step"
 
 
 class Policy:
@@ -75,11 +96,13 @@ class Policy:
         Raises:
             TrainingDiverged: on all processes together: not finite and the policy is to stop, or too many in a row.
         """
-        is_fp16 = outcome.loss_scale is not None
-        if not math.isfinite(outcome.loss) or not (math.isfinite(outcome.grad_norm) or is_fp16):
-            self._not_finite(outcome, step, state.refused_in_a_row + 1)
+        if not (math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm)):
+            trouble = self._trouble(outcome, step)
+            if trouble is None:  # neither an update nor a refusal
+                return state
+            self._not_finite(step, trouble, state.refused_in_a_row + 1)
             return replace(state, refused_in_a_row=state.refused_in_a_row + 1)
-        refused = outcome.skipped and math.isfinite(outcome.grad_norm)
+        refused = outcome.skipped
         if not refused:  # a spike that was dropped is no measure for the next one
             state = replace(state, recent=self._rule.added(state.recent, outcome.loss, outcome.grad_norm))
         if refused or self._spike:
@@ -114,49 +137,71 @@ class Policy:
         done = {"record": "", "skip": "; the step made no update", "rollback": "; the step is undone"}[action]
         self._say(f"step {step.number}: spike: {words}{done}")
 
-    def _not_finite(self, outcome: StepOutcome, step: Step, in_a_row: int) -> None:
-        what = "loss" if not math.isfinite(outcome.loss) else "gradient norm"
-        value = outcome.loss if what == "loss" else outcome.grad_norm
-        found = self._engine.blame() if what == "loss" else self._inspect(step)
-        details = self._details(what, found, step)
+    def _trouble(self, outcome: StepOutcome, step: Step) -> _Trouble | None:
+        """What is not finite in a step, and where it began; None for an overflow, which a smaller loss scale mends.
+
+        fp16: an overflow is what is finite when computed once more with a loss scale of 1. NaN and infinity alone do
+        not tell: sums of overflows are NaN too.
+        """
+        if not math.isfinite(outcome.loss):  # no scale has touched it
+            return _Trouble("loss", outcome.loss, self._engine.blame())
+        overflows_at: float | None = None
+        if outcome.loss_scale is None:
+            again = self._inspect(step)
+        else:
+            again = self._inspect(step, unscaled=True)
+            if again.is_finite and outcome.scale_can_fall:
+                return None
+            self._engine.take_back_loss_scale()
+            if again.is_finite:
+                again = self._inspect(step)
+                overflows_at = None if again.is_finite else self._engine.loss_scale
+        return _Trouble("gradient norm", outcome.grad_norm, again.found, not again.is_finite, overflows_at)
+
+    def _not_finite(self, step: Step, trouble: _Trouble, in_a_row: int) -> None:
+        details = self._details(trouble, step)
         skips = self._watch.on_nonfinite == "skip"
         goes_on = skips and in_a_row <= self._watch.max_skips
         self._event("nonfinite", step.number, action="skip" if goes_on else "stop", **details)
-        words = f"{what} is {value}{self._whose(found, details)}"
+        words = f"{trouble.what} is {trouble.value}{self._whose(trouble, details)}"
         if goes_on:
             self._say(f"step {step.number}: {words}; the step made no update")
             return
         why = f", number {in_a_row} in a row (watch.max_skips is {self._watch.max_skips})" if skips else ""
         error = TrainingDiverged(
-            f"{words}{why}; step {step.number} was not saved and the last checkpoint stands. "
-            "Lower optim.lr, lengthen optim.warmup_steps, or look at the data of this step"
+            f"{words}{why}; step {step.number} was not saved and the last checkpoint stands. {trouble.advice}"
         )
-        error.details = {"what": what, "ranks": details["ranks"]}
+        error.details = {"what": trouble.what, "ranks": details["ranks"]}
         raise error
 
-    def _inspect(self, step: Step) -> list[NonFinite]:
+    def _inspect(self, step: Step, *, unscaled: bool = False) -> Inspection:
         step.reseed()
-        return self._engine.inspect_step(step.micro_batches, step.lr)
+        return self._engine.inspect_step(step.micro_batches, step.lr, unscaled=unscaled)
 
-    def _details(self, what: str, found: Sequence[NonFinite], step: Step) -> dict[str, Any]:
+    def _details(self, trouble: _Trouble, step: Step) -> dict[str, Any]:
         plan = self._engine.plan
         samples: dict[int, list[int]] = {}
-        for one in found:
+        for one in trouble.found:
             ranges = plan.sample_indices(step.batch, one.data_parallel_rank)
             chosen = one.micro_batches or range(len(ranges))
             own = samples.setdefault(one.rank, [])
             own += [index for micro in chosen for index in ranges[micro] if index not in own]
         details: dict[str, Any] = {
-            "what": what,
+            "what": trouble.what,
             "batch": step.batch,
             "ranks": sorted(samples),
             "samples": {str(rank): indices for rank, indices in sorted(samples.items())},
         }
-        names = list(dict.fromkeys(name for one in found for name in one.names))
-        return details | ({"parameters": names} if names else {})
+        names = list(dict.fromkeys(name for one in trouble.found for name in one.names))
+        scale = {"loss_scale": trouble.overflows_at} if trouble.overflows_at is not None else {}
+        return details | ({"parameters": names} if names else {}) | scale
 
-    def _whose(self, found: Sequence[NonFinite], details: dict[str, Any]) -> str:
-        if not found:
+    def _whose(self, trouble: _Trouble, details: dict[str, Any]) -> str:
+        if trouble.overflows_at is not None:
+            return f" by the loss scale of {trouble.overflows_at:g}; with a loss scale of 1 it is finite"
+        if not trouble.found and trouble.again:
+            return " (what each rank computes is finite, and the sum over ranks is not)"
+        if not trouble.found:
             return " (computed again it is finite on every rank: look at the memory and the devices of the hosts)"
         ranks = ", ".join(f"rank {rank}" for rank in details["ranks"][:_NAMED])
         (first, *_), indices = details["ranks"], details["samples"]

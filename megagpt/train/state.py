@@ -20,7 +20,7 @@ class TrainState:
     skipped_steps: int = 0
     """Steps without an update: gradients overflowed in fp16, were not finite, or the step was a spike."""
     refused_in_a_row: int = 0
-    """The last steps without an update, those of fp16 aside."""
+    """The last steps without an update, those that fp16's loss scale dropped aside."""
     skipped_batches: Ranges = ()
     """Batches that were passed over or will be: all before this step, and those that a rollback skips."""
     recent: Window = ()

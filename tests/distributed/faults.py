@@ -121,7 +121,26 @@ def _bad_weight(engine: Any) -> None:
 def _flipped_bit(engine: Any) -> None:
     with torch.no_grad():
         parameter = dict(engine.model.named_parameters())["blocks.1.attention.output.weight"]
-        parameter.view(-1)[:1].view(torch.int32 if parameter.element_size() == 4 else torch.int16).bitwise_xor_(1)
+        # `data`: autograd shall not learn of it.
+        parameter.data.view(-1)[:1].view(torch.int32 if parameter.element_size() == 4 else torch.int16).bitwise_xor_(1)
+
+
+def _flipped_after_forward(engine: Any) -> None:
+    """In the step's first micro-batch, after the blocks' forward and before backward."""
+    handles: list[Any] = []
+
+    def flip(module: Any, inputs: Any, output: torch.Tensor) -> None:
+        handles[0].remove()
+        _flipped_bit(engine)
+
+    handles.append(engine.model.final_norm.register_forward_hook(flip))
+
+
+def _fp16_on_the_cpu(_: Fault) -> None:
+    """DeepSpeed refuses it for its speed alone."""
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    CPU_Accelerator.is_fp16_supported = lambda self: True
 
 
 def _bad_loss(fault: Fault) -> None:
@@ -182,6 +201,9 @@ FAULTS: dict[str, Callable[[Fault], None]] = {
     "inf weight": _in_step(_bad_weight),
     "nan loss": _bad_loss,
     "flipped bit in step": _in_step(_flipped_bit),
+    "flipped bit after forward": _in_step(_flipped_after_forward),
+    "asked to stop": _in_loader(lambda _: os.kill(os.getpid(), signal.SIGTERM)),
+    "fp16 on the CPU": _fp16_on_the_cpu,
     "flipped bit": _before_comparison(_flipped_bit),
     "inf weight after update": _before_comparison(_bad_weight),
     "noise": _spike,
