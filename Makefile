@@ -15,7 +15,7 @@ EVAL_DATA ?=
 # What make test-faults runs, its fast tests too.
 FAULTS := tests/checkpoint tests/supervise $(addprefix tests/distributed/test_, save.py save_killed.py failed_save.py \
   exact_resume.py resume.py reshard.py deepspeed_import.py watch.py nonfinite.py refusals.py spikes.py supervise.py restarts.py \
-  lock.py full_disk.py secrets.py) tests/config/test_hostile.py tests/engine/test_op_lock.py
+  lock.py full_disk.py unreadable.py secrets.py) tests/config/test_hostile.py tests/engine/test_op_lock.py
 export TOKENIZERS_PARALLELISM ?= false
 # DeepSpeed builds its C++ op with the ninja that it finds: the environment's own.
 export PATH := $(abspath $(BIN)):$(PATH)

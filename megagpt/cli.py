@@ -220,6 +220,7 @@ def checkpoint_verify(run_dir: Path) -> None:
     **examples(
         "megagpt checkpoint prune runs/quickstart --keep-last 1 --dry-run",
         "megagpt checkpoint prune runs/quickstart --keep-last 2 --keep-every 10000",
+        "megagpt checkpoint prune runs/quickstart --keep-last 3 --damaged",
     ),
 )
 @click.argument("run_dir", type=PATH)
@@ -231,6 +232,7 @@ def checkpoint_verify(run_dir: Path) -> None:
     show_default=True,
     help="Also keep those whose step is a multiple of this.",
 )
+@click.option("--damaged", is_flag=True, help="Also remove checkpoints that were set aside as damaged.")
 @click.option("--dry-run", is_flag=True, help="Say what would be removed, and remove nothing.")
 def checkpoint_prune(run_dir: Path, **options: Any) -> None:
     """Remove checkpoints that the rule does not keep, after verifying the newest, and what unfinished saves left."""

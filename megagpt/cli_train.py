@@ -55,9 +55,9 @@ def train(configs: tuple[str, ...], processes: int | None, check: bool, **option
     """Train a model under the DeepSpeed launcher. CONFIGS are YAML files, then KEY=VALUE overrides.
 
     Exit codes: 0 done, or stopped by a signal after saving; 2 wrong input; 3 training diverged; 4 a rank hung or was
-    lost; 5 another process trains in the run's folder; 6 the last save failed; 130 (Ctrl-C) and 143 (SIGTERM): stopped
-    with nothing saved; 1 a fault of the program. With --restarts, 2 and 3 end the run at
-    once; everything else is tried again.
+    lost; 5 another process trains in the run's folder; 6 the last save failed; 7 a disk, the network or a host failed,
+    and may work again; 130 (Ctrl-C) and 143 (SIGTERM): stopped with nothing saved; 1 a fault of the program. With
+    --restarts, 2 and 3 end the run at once; everything else is tried again, too few hosts that answer among it.
     """
     from megagpt.train.command import launcher_command, parse_arguments
 

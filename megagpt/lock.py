@@ -18,11 +18,12 @@ def locked_folder(folder: Path, busy: MegaGPTError) -> Iterator[None]:
 
     Raises:
         MegaGPTError: `busy`, where another process holds it.
+        OSError: the folder cannot be written, or locked.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK_FILE).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:  # all else, as a server of locks that does not answer, says itself what it is
             raise busy from None
         yield

@@ -20,7 +20,7 @@ import xxhash
 
 from megagpt.atomic import write_file
 from megagpt.byte_bpe import equal_encoding
-from megagpt.errors import DataError
+from megagpt.errors import DataError, unread
 
 _OPENAI = "https://openaipublic.blob.core.windows.net"
 TIKTOKEN_SOURCES = {
@@ -108,7 +108,7 @@ def open_tokenizer(spec: str | Path) -> Tokenizer:
             f"tokenizer '{spec}' is neither a file nor a folder, nor one of {', '.join(TIKTOKEN_NAMES)} (tiktoken)"
         ) from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        raise unread(error, DataError, f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not a tokenizer file, which is JSON: {error}") from None
     if isinstance(content, dict) and content.get("kind") == "tiktoken":

@@ -17,6 +17,11 @@ from megagpt import errors
         (errors.TrainingHung, 4),
         (errors.SaveFailed, 6),
         (errors.RunBusy, 5),
+        (errors.CheckpointIncomplete, 2),
+        (errors.CheckpointDamaged, 2),
+        (errors.NoRoom, 2),
+        (errors.CheckpointUnreadable, 7),
+        (errors.SystemFailed, 7),
     ],
 )
 def test_each_error_has_its_exit_code(error, code):
@@ -27,4 +32,4 @@ def test_each_error_has_its_exit_code(error, code):
 
 def test_every_error_class_is_in_the_table():
     defined = {value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)}
-    assert len(defined) == 9
+    assert len(defined) == 14

@@ -19,7 +19,9 @@ def choose_step(folder: Path, found: Survey, rule: Literal["auto", "never", "mus
 
     Raises:
         CheckpointError: the rule does not allow what was found.
+        CheckpointUnreadable: what may be a newer checkpoint cannot be read.
     """
+    found.check_newest_readable(folder)
     also = f" ({found.told()})" if found.rejected else ""
     if rule == "never" and found.steps:
         raise CheckpointError(

@@ -111,10 +111,18 @@ def open_regular(path: Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def checksum(path: Path) -> tuple[int, str]:
-    """(bytes, xxh3-128 in hex) of a file as it lies on disk."""
+def checksum(path: Path, *, from_disk: bool = False) -> tuple[int, str]:
+    """(bytes, xxh3-128 in hex) of a file.
+
+    Args:
+        path: of the file.
+        from_disk: let the system forget first what it holds of the file in memory, so that the disk, or the server, is
+            asked for it again.
+    """
     digest, size = xxhash.xxh3_128(), 0
     with open_regular(path) as file:
+        if from_disk and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         while chunk := file.read(1 << 22):
             digest.update(chunk)
             size += len(chunk)

@@ -16,7 +16,7 @@ from typing import Any
 import xxhash
 
 from megagpt.checkpoint import fsio
-from megagpt.errors import CheckpointError
+from megagpt.errors import CheckpointDamaged, CheckpointError, CheckpointIncomplete, CheckpointUnreadable
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -85,41 +85,48 @@ def read_manifest(step_dir: Path) -> Manifest:
     """The manifest of one published checkpoint.
 
     Raises:
-        CheckpointError: there is none, or it is damaged, or it is not what a save writes.
+        CheckpointIncomplete: there is none.
+        CheckpointUnreadable: it could not be read.
+        CheckpointDamaged: it is not what a save writes.
+        CheckpointError: it is whole, and of a format that this version does not read.
     """
     path = step_dir / MANIFEST
     try:
         with fsio.open_regular(path) as file:
             written = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise CheckpointError(f"{step_dir}: no {MANIFEST}, so this is not a complete checkpoint") from None
+        raise CheckpointIncomplete(f"{step_dir}: no {MANIFEST}, so this is not a complete checkpoint") from None
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+        raise CheckpointUnreadable(f"{path}: cannot be read: {error.strerror}") from None
     if len(written) > MAX_BYTES:
-        raise CheckpointError(f"{path}: over {MAX_BYTES >> 20} MiB, which no manifest has")
+        raise CheckpointDamaged(f"{path}: over {MAX_BYTES >> 20} MiB, which no manifest has")
     try:
         return _parsed(written, path)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged: {_short(error)}") from None
+        raise CheckpointDamaged(f"{path}: damaged: {_short(error)}") from None
 
 
 def _parsed(written: bytes, path: Path) -> Manifest:
     content = json.loads(written)
-    if content["format"] != FORMAT:
-        raise CheckpointError(f"{path}: format {content['format']!r}; this version reads format {FORMAT}")
-    told = content.pop(_CHECKSUM)
-    if told != _checksum(content):
-        raise CheckpointError(f"{path}: damaged: its content is not what its own checksum says")
+    written_format, told = content["format"], content.pop(_CHECKSUM, None)
+    whole = told == _checksum(content)
+    if written_format != FORMAT:
+        other = f"{path}: format {written_format!r}; this version reads format {FORMAT}"
+        raise (
+            CheckpointError(other) if whole else CheckpointDamaged(f"{other}, or it is damaged: its checksum is wrong")
+        )
+    if not whole:
+        raise CheckpointDamaged(f"{path}: damaged: its content is not what its own checksum says")
     if written != _as_written(
         content | {_CHECKSUM: told}
     ):  # spaces, a name twice: one reader sees what another does not
-        raise CheckpointError(f"{path}: damaged: its bytes are not those that a save writes for its content")
+        raise CheckpointDamaged(f"{path}: damaged: its bytes are not those that a save writes for its content")
     files = {_plain_name(name): _entry(name, **entry) for name, entry in content.pop("files").items()}
     manifest = Manifest(files=files, **content)
     _check_kinds(manifest)
     named = STEP_DIR.fullmatch(path.parent.name)
     if named and int(named[1]) != manifest.step:
-        raise CheckpointError(f"{path}: is of step {manifest.step}: the folder was renamed, or belongs elsewhere")
+        raise CheckpointDamaged(f"{path}: is of step {manifest.step}: the folder was renamed, or belongs elsewhere")
     return manifest
 
 
@@ -157,11 +164,18 @@ def _short(error: Exception) -> str:
     return told if len(told) <= 300 else f"{told[:300]}..."
 
 
-def verify_file(step_dir: Path, name: str, entry: FileEntry) -> None:
+def verify_file(step_dir: Path, name: str, entry: FileEntry, *, from_disk: bool = False) -> None:
     """Compare one file with the manifest.
 
+    Args:
+        step_dir: of the checkpoint.
+        name: of the file.
+        entry: what the manifest says about it.
+        from_disk: read what lies on the disk, not what the system still holds of it in memory.
+
     Raises:
-        CheckpointError: naming the file and both values.
+        CheckpointDamaged: naming the file and both values.
+        CheckpointUnreadable: naming the file.
     """
     path = step_dir / name
     says = f"{MANIFEST} says {entry.bytes} bytes with {entry.xxh3_128}"
@@ -169,12 +183,12 @@ def verify_file(step_dir: Path, name: str, entry: FileEntry) -> None:
         with fsio.open_regular(path) as file:
             size = file.seek(0, 2)
         if size != entry.bytes:
-            raise CheckpointError(f"{path}: damaged: {size} bytes, {says}")
-        found = FileEntry(*fsio.checksum(path))
+            raise CheckpointDamaged(f"{path}: damaged: {size} bytes, {says}")
+        found = FileEntry(*fsio.checksum(path, from_disk=from_disk))
     except OSError as error:
-        raise CheckpointError(f"{path}: listed in {MANIFEST} but cannot be read: {error.strerror}") from None
+        raise CheckpointUnreadable(f"{path}: listed in {MANIFEST} but cannot be read: {error.strerror}") from None
     if found != entry:
-        raise CheckpointError(f"{path}: damaged: {found.bytes} bytes with xxh3-128 {found.xxh3_128}, {says}")
+        raise CheckpointDamaged(f"{path}: damaged: {found.bytes} bytes with xxh3-128 {found.xxh3_128}, {says}")
 
 
 def verify_checkpoint(step_dir: Path) -> Manifest:

@@ -123,6 +123,7 @@ def _resolve(path: Path) -> Path:
         return path
     store = CheckpointStore(path if path.name == CHECKPOINTS else path / CHECKPOINTS)
     found = store.survey()
+    found.check_newest_readable(store.folder)
     if not found.steps:
         also = f"; {found.told()}" if found.rejected else ""
         raise CheckpointError(f"{store.folder}: holds no complete checkpoint{also}")

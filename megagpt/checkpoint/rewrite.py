@@ -49,7 +49,7 @@ def publish_alone(
     """
     staging = store.staging_dir(step)
     try:
-        store.begin(step)
+        staging = store.begin(step)
         free = shutil.disk_usage(staging).free
         if free < n_bytes:
             raise CheckpointError(
@@ -60,7 +60,7 @@ def publish_alone(
         for name, entry in files.items():
             verify_file(staging, name, entry)
         manifest = describe(files)
-        store.publish(manifest)
+        store.publish(manifest, staging)
     except OSError as error:
         raise CheckpointError(f"{staging}: not written: {error}") from None
     return manifest

@@ -6,7 +6,8 @@ over a gloo group that nothing else uses: collectives of two threads in one grou
 rank. Messages in files of the staging folder would need no group, but a rank whose disk is full could not leave one,
 other hosts see files late, and nobody would notice a rank that has died; gloo tells that at once.
 
-A save that fails is told, undone and tried again; it does not end a run.
+A save that fails is told, undone and tried again; it does not end a run. Older checkpoints go when the new one has been
+read back from the disk; only where there is no room for it does the oldest go before, as far as retention allows.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from typing import Any, Protocol, Self
 import torch
 
 from megagpt.checkpoint.host_copy import HostCopy
-from megagpt.checkpoint.save import Identity, prune_checkpoints, write_checkpoint
+from megagpt.checkpoint.save import Identity, Written, make_room, prune_checkpoints, write_checkpoint
 from megagpt.checkpoint.store import CheckpointStore
 from megagpt.checkpoint.tensors import RankFile, TensorSlice
 from megagpt.config.schema import CheckpointSection
-from megagpt.errors import CheckpointError, SaveFailed
+from megagpt.errors import CheckpointError, NoRoom, SaveFailed
 from megagpt.parallel.mesh import Mesh
 
 LAST_ATTEMPTS = 3
@@ -55,7 +56,11 @@ class Outcome:
     failure: str | None = None
     """Why there is no checkpoint."""
     not_removed: str | None = None
-    """Why older checkpoints are still there."""
+    """Why older checkpoints, or what is left of other saves, are still there."""
+    set_aside: str | None = None
+    """What stood in the way and was no checkpoint."""
+    made_room: tuple[int, ...] = ()
+    """Steps of the older checkpoints that were removed before this one was there."""
 
 
 class Saver:
@@ -211,6 +216,13 @@ class Saver:
 
     def _record(self, outcome: Outcome) -> None:
         """Tell and count what became of a save."""
+        if outcome.made_room:
+            steps = ", ".join(map(str, outcome.made_room))
+            self._tell.say(f"warning: no room for step {outcome.step}: the checkpoint of step {steps} made way for it")
+            self._tell.event("made_room", outcome.step, removed=list(outcome.made_room))
+        if outcome.set_aside is not None:
+            self._tell.say(f"warning: {outcome.set_aside}")
+            self._tell.event("set_aside", outcome.step, cause=outcome.set_aside)
         if outcome.not_removed is not None:
             self._tell.say(f"warning: {outcome.not_removed}; tried again after the next save")
             self._tell.event("not_removed", outcome.step, cause=outcome.not_removed)
@@ -230,17 +242,42 @@ class Saver:
 
     def _write(self, content: Callable[[], RankFile], state: Mapping[str, Any]) -> Outcome:
         """Write, publish, then remove what need not be kept: in the thread, or in its place."""
-        step, started_at = int(state["step"]), time.monotonic()
+        step, started_at, settings = int(state["step"]), time.monotonic(), self._settings
+        made_room: list[int] = []
         outcome = Outcome(step, 0.0)
         try:
-            write_checkpoint(self._store, self._channel, content, state, self._identity)
+            written = self._written(content, state, made_room)
+            told = list(written.not_removed)
+            outcome = replace(outcome, set_aside=written.set_aside)
             try:
-                prune_checkpoints(self._store, self._channel, self._settings.keep_last, self._settings.keep_every)
+                verified = written.manifest if settings.verify_before_prune else None
+                prune_checkpoints(self._store, self._channel, settings.keep_last, settings.keep_every, verified)
             except CheckpointError as error:
-                outcome = replace(outcome, not_removed=str(error))
+                told = [*(line for line in told if line not in str(error)), str(error)]
+            outcome = replace(outcome, not_removed="; ".join(told) or None)
         except CheckpointError as error:
             outcome = replace(outcome, failure=str(error))
-        return replace(outcome, seconds=time.monotonic() - started_at)
+        return replace(outcome, made_room=tuple(made_room), seconds=time.monotonic() - started_at)
+
+    def _written(self, content: Callable[[], RankFile], state: Mapping[str, Any], made_room: list[int]) -> Written:
+        """Write and publish; where there is no room, let the oldest checkpoints make it, as far as the rule allows.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        while True:
+            try:
+                return write_checkpoint(self._store, self._channel, content, state, self._identity)
+            except NoRoom as error:
+                if not self._settings.make_room:
+                    raise
+                try:
+                    removed = make_room(self._store, self._channel, self._settings.keep_last, self._settings.keep_every)
+                except CheckpointError as other:
+                    raise CheckpointError(f"{error}; {other}") from None
+                if not removed:
+                    raise
+                made_room += removed
 
 
 def _own_channel(mesh: Mesh, timeout: timedelta) -> Mesh:

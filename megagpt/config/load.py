@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from megagpt.errors import ConfigError
+from megagpt.errors import ConfigError, unread
 
 COMMAND_LINE = "command line"
 INCLUDE = "include"
@@ -115,7 +115,9 @@ def read_yaml(file: Path) -> dict[str, Any]:
         _check_extent(content)
     except FileNotFoundError:
         raise ConfigError(f"{file}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise unread(error, ConfigError, f"{file}: cannot be read as text: {error}") from None
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{file}: cannot be read as text: {error}") from None
     except YAMLError as error:
         raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None

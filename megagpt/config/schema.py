@@ -286,11 +286,18 @@ class CheckpointSection(Section):
     must: refuse to start from step 0."""
     fall_back: bool = False
     """Where the newest checkpoint is damaged, set it aside (step_N.damaged) and go on from the one before it, instead
-    of refusing; the run's history says so. `megagpt train --restarts` sets it."""
+    of refusing; the run's history says so. One that cannot be read, on whichever rank, is refused in any case. `megagpt
+    train --restarts` sets it."""
     keep_last: PositiveInt = 3
     """Newest complete checkpoints that are kept."""
     keep_every: NonNegativeInt = 0
     """Also keep every checkpoint whose step is a multiple of this; 0 means none."""
+    verify_before_prune: bool = True
+    """Before an older checkpoint is removed, read the new one back from the disk, every process its own file, while
+    training goes on; where it is not what was written nothing is removed."""
+    make_room: bool = True
+    """Where there is no room for a checkpoint, remove the oldest one that `keep_last` and `keep_every` would not keep
+    once it is there, after reading the newest one; that one is never removed. false: the save fails."""
     asynchronous: bool = True
     """Write while training goes on: a step waits only for a copy into host memory, which takes as much of it as this
     process's part of the checkpoint (--check tells how much). false: training waits until everything is on disk."""

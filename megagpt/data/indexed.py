@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megagpt.atomic import flush_folder, flush_to_disk, publish, temporary_name
-from megagpt.errors import DataError
+from megagpt.errors import DataError, unread
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -290,7 +290,7 @@ def _size_of(path: Path, prefix: Path) -> int:
         hint = f"; give the path without {prefix.suffix}" if prefix.suffix in (".bin", ".idx") else ""
         raise DataError(f"{path}: no such file; {prefix} must name a .bin/.idx pair{hint}") from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        raise unread(error, DataError, f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _read_header(idx: Path, idx_bytes: int) -> tuple[np.dtype[np.integer], int, int]:

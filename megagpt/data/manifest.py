@@ -15,7 +15,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from megagpt.atomic import write_file
 from megagpt.data.indexed import TokenFile, bin_path, idx_path
-from megagpt.errors import DataError
+from megagpt.errors import DataError, unread
 
 MANIFEST_NAME = "manifest.json"
 _BLOCK_BYTES = 8 << 20  # read at a time; a multiple of every token size
@@ -92,7 +92,7 @@ def read_manifest(prefix_or_folder: Path) -> Manifest | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        raise unread(error, DataError, f"{path}: cannot be read: {error.strerror}") from None
     try:
         return _adapter().validate_json(content)
     except ValidationError as error:

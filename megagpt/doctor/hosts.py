@@ -15,7 +15,7 @@ from time import time
 from typing import Any, TypeVar
 
 from megagpt.doctor import probe
-from megagpt.errors import ConfigError
+from megagpt.errors import ConfigError, unread
 
 T = TypeVar("T")
 
@@ -93,7 +93,7 @@ def read_hostfile(path: Path) -> tuple[Host, ...]:
     try:
         lines = path.read_text().splitlines()
     except OSError as error:
-        raise ConfigError(f"{path}: cannot read the hostfile: {error.strerror}") from None
+        raise unread(error, ConfigError, f"{path}: cannot read the hostfile: {error.strerror}") from None
     hosts: dict[str, Host] = {}
     for number, line in enumerate(map(str.strip, lines), start=1):
         if not line or line.startswith("#"):

@@ -12,7 +12,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from megagpt.config.schema import ParallelSection
-from megagpt.errors import MegaGPTError
+from megagpt.errors import MegaGPTError, of_system
 
 T = TypeVar("T")
 
@@ -140,7 +140,8 @@ class Mesh:
         """Let every process do its part; where one fails, all of them raise, so that none waits for another.
 
         Raises:
-            MegaGPTError: on every process, what the first one that failed raised; an OSError in its own words.
+            MegaGPTError: on every process, what the first one that failed raised; an OSError in its own words, with the
+                rank, as `SystemFailed` where it may pass.
         """
         results: list[T] = []
         failure: MegaGPTError | None = None
@@ -149,7 +150,7 @@ class Mesh:
         except MegaGPTError as error:
             failure = error
         except OSError as error:
-            failure = MegaGPTError(str(error))
+            failure = of_system(error, f"rank {self.rank}: ")
         for found in self.gather(failure):
             if found is not None:
                 raise found

@@ -8,7 +8,7 @@ from pathlib import Path
 from megagpt.atomic import write_file
 from megagpt.config.schema import TrainingRun
 from megagpt.doctor.hosts import Access, Host, ask, on_all, read_hostfile
-from megagpt.errors import ConfigError, MegaGPTError
+from megagpt.errors import ConfigError, MegaGPTError, SystemFailed
 from megagpt.parallel.plan import plan_batches
 
 HOSTFILE = "hostfile"
@@ -47,11 +47,16 @@ class Hosts:
 
         Raises:
             ConfigError: the hostfile cannot be read.
-            MegaGPTError: too few hosts answer for any layout of this run.
+            MegaGPTError: all hosts that it lists would be too few for any layout of this run.
+            SystemFailed: too few of them answer; others may, in a while.
         """
         listed = read_hostfile(self._hostfile)
+        legal_hosts(self._config, listed, self._most, "in the hostfile")
         answering = self._answering(listed)
-        chosen = legal_hosts(self._config, answering, self._most)
+        try:
+            chosen = legal_hosts(self._config, answering, self._most)
+        except MegaGPTError as error:
+            raise SystemFailed(f"too few hosts answer: {error}") from None
         left_over = [host.name for host in answering if host not in chosen]
         if left_over:
             self._say(f"not used: {', '.join(left_over)} (spare, or the batch does not divide among them)")
@@ -70,7 +75,9 @@ class Hosts:
         return [host for host in listed if answers[host.name].trouble is None]
 
 
-def legal_hosts(config: TrainingRun, hosts: Sequence[Host], most: int | None = None) -> tuple[Host, ...]:
+def legal_hosts(
+    config: TrainingRun, hosts: Sequence[Host], most: int | None = None, which: str = "that answer"
+) -> tuple[Host, ...]:
     """As many of the first hosts as the run's layout and batch can use.
 
     Raises:
@@ -87,4 +94,4 @@ def legal_hosts(config: TrainingRun, hosts: Sequence[Host], most: int | None = N
             continue
         return chosen
     names = ", ".join(host.name for host in hosts) or "none"
-    raise MegaGPTError(f"{config.run.dir}: cannot be started on the hosts that answer ({names}): {why}")
+    raise MegaGPTError(f"{config.run.dir}: cannot be started on the hosts {which} ({names}): {why}")

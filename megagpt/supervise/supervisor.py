@@ -1,7 +1,9 @@
 """`megagpt train --restarts N`: start the launcher again after a failure, on the hosts that are there.
 
 A run goes on from its newest checkpoint by itself; what is done here is only to notice that it ended, to see that
-nothing of it is left, to leave out hosts that do not answer, and to say why and how often it was started.
+nothing of it is left, to leave out hosts that do not answer, and to say why and how often it was started. What may pass
+(a folder that cannot be read just now, too few hosts, a full disk) is a failure like others: it is tried again, with
+the same patience. Only what the user has to mend ends the run at once.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from types import FrameType
 import psutil
 
 from megagpt.checkpoint.store import CheckpointStore
-from megagpt.errors import MegaGPTError, RunBusy, SaveFailed, TrainingDiverged, TrainingHung
+from megagpt.errors import MegaGPTError, RunBusy, SaveFailed, SystemFailed, TrainingDiverged, TrainingHung, of_system
 from megagpt.train.events import count_ends, log_event
 
 STOPPED = 128 + signal.SIGTERM
@@ -33,6 +35,7 @@ _CAUSES = {
     RunBusy.exit_code: "another process trains in the run's folder",
     TrainingHung.exit_code: "a rank hung or was lost",
     SaveFailed.exit_code: "the last save failed",
+    SystemFailed.exit_code: "a disk, the network or a host did not do what it was asked; its words stand above",
 }
 _ASK_AGAIN_SECONDS = 0.2
 
@@ -52,6 +55,31 @@ class Patience:
     def wait_seconds(self, failures: int) -> float:
         """Before the next start, after so many failures in a row."""
         return min(self.first_wait_seconds * 2.0 ** (failures - 1), self.longest_wait_seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """How far the run has come."""
+
+    step: int = 0
+    """Of its newest checkpoint."""
+    ends: int = 0
+    """How often it has said that it is over."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """How one start ended."""
+
+    code: int
+    cause: str
+    before: _Seen
+    after: _Seen
+
+    @property
+    def progressed(self) -> bool:
+        """Whether it left a new checkpoint."""
+        return self.after.step > self.before.step
 
 
 class Supervisor:
@@ -84,42 +112,80 @@ class Supervisor:
         self._say = say
         self._launcher: subprocess.Popen[bytes] | None = None
         self._stopping = False
+        self._seen = _Seen()
 
     def run(self) -> int:
         """Start, wait, start again; the exit code for the shell.
 
         Raises:
-            MegaGPTError: no command can be made for the hosts that are left.
+            MegaGPTError: no command can be made, whichever hosts answer.
         """
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._on_signal)
         failures = 0
         while True:
-            before, ends_before = self._newest_step(), count_ends(self._run_dir)
-            code = self._attempt()
+            end = self._try()
+            code = end.code
             if self._stopping:
-                return 0 if self._newest_step() > before or code == 0 else STOPPED
-            if (code == 0 and self._has_ended(ends_before)) or code in FINAL_CODES:
+                return 0 if end.progressed or code == 0 else STOPPED
+            if (code == 0 and self._has_ended(end)) or code in FINAL_CODES:
                 return code
-            progressed = self._newest_step() > before
-            failures = 1 if progressed else failures + 1
-            log_event(self._run_dir, "failed", self._newest_step(), exit_code=code, cause=cause_of(code))
+            failures = 1 if end.progressed else failures + 1
+            log_event(self._run_dir, "failed", self._seen.step, exit_code=code, cause=end.cause)
             if failures > self._patience.restarts:
                 self._say(
                     f"{self._run_dir}: given up after {failures} failures in a row without a new checkpoint; "
-                    f"the last one: {cause_of(code)}"
+                    f"the last one: {end.cause}"
                 )
                 return max(code, 1) if code >= 0 else 128 - code
-            if self._asked_to_stop_while_waiting(code, failures):
+            if self._asked_to_stop_while_waiting(end.cause, failures):
                 return STOPPED
 
-    def _has_ended(self, ends_before: int) -> bool:
+    def _has_ended(self, end: _Attempt) -> bool:
         """Whether the run itself says so.
 
         The exit code alone does not: DeepSpeed 0.19.8's `deepspeed` also ends with 0 where the process that it started
         was killed (launcher/runner.py takes only positive codes for failures).
         """
-        return self._newest_step() >= self._last_step or count_ends(self._run_dir) > ends_before
+        return end.after.step >= self._last_step or end.after.ends > end.before.ends
+
+    def _try(self) -> _Attempt:
+        """Run the launcher once; what keeps it from being started is how the attempt ended, where it may pass.
+
+        Raises:
+            MegaGPTError: it may not.
+        """
+        before = self._seen
+        try:
+            before = self._look()
+            code = self._attempt()
+        except (OSError, MegaGPTError) as error:
+            told = of_system(error) if isinstance(error, OSError) else error
+            if told.exit_code in FINAL_CODES:
+                raise told from None
+            return _Attempt(told.exit_code, str(told), before, before)
+        after = before
+        try:
+            after = self._look()
+        except (OSError, MegaGPTError) as error:
+            self._say(f"how far the run has come cannot be seen: {error}")
+        return _Attempt(code, cause_of(code), before, after)
+
+    def _look(self) -> _Seen:
+        """How far the run has come.
+
+        Raises:
+            MegaGPTError, OSError: that cannot be told just now.
+        """
+        found = self._store.survey()
+        found.check_newest_readable(self._store.folder)
+        if self._seen.step and not found.steps:
+            raise SystemFailed(
+                f"{self._store.folder}: step {self._seen.step} was here, and now there is no checkpoint; is its disk "
+                "mounted?"
+            )
+        self._seen = _Seen(found.steps[-1] if found.steps else 0, count_ends(self._run_dir))
+        return self._seen
 
     def _attempt(self) -> int:
         """Run the launcher once, and leave none of its processes behind; its exit code, negative for a signal."""
@@ -142,21 +208,17 @@ class Supervisor:
                         process.kill()  # reaches stopped ones as well
             time.sleep(_ASK_AGAIN_SECONDS)
 
-    def _asked_to_stop_while_waiting(self, code: int, failures: int) -> bool:
+    def _asked_to_stop_while_waiting(self, cause: str, failures: int) -> bool:
         seconds = self._patience.wait_seconds(failures)
         self._say(
-            f"{self._run_dir}: {cause_of(code)}; starting again in {seconds:.0f} s from "
-            + (f"step {self._newest_step()}" if self._newest_step() else "the beginning")
+            f"{self._run_dir}: {cause}; starting again in {seconds:.0f} s from "
+            + (f"step {self._seen.step}" if self._seen.step else "the beginning")
             + f" ({failures} of {self._patience.restarts} without a new checkpoint)"
         )
         until = time.monotonic() + seconds
         while not self._stopping and time.monotonic() < until:
             time.sleep(_ASK_AGAIN_SECONDS)
         return self._stopping
-
-    def _newest_step(self) -> int:
-        steps = self._store.steps()
-        return steps[-1] if steps else 0
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - signal's signature
         """Ask the run to save and stop: its processes do when their launcher has gone."""

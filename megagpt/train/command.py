@@ -25,7 +25,8 @@ The same command goes on from the newest checkpoint (checkpoint.resume: auto | n
 --check resolves the configuration, prints the plan and exits; it needs no accelerator.
 `megagpt config docs` lists every key. Exit codes: 0 done or stopped by a signal after saving, 2 wrong input,
 3 training diverged or replicas differ, 4 a rank hung or was lost, 5 another process trains in the run's folder,
-6 the last save failed. `megagpt train --restarts N` starts again after other failures.
+6 the last save failed, 7 a disk, the network or a host failed, and may work again. `megagpt train --restarts N` starts
+again after all but 2 and 3.
 """
 
 

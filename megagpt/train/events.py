@@ -6,8 +6,9 @@ Every row has `time` (UTC), `event` and `step`:
                         and, where a process was there before: down_seconds, repeated_steps, repeated_seconds
     saved               seconds that training waited, written_in_seconds until it was durable
     save_failed         cause, in_a_row
-    not_removed         cause: checkpoints that should be gone are still there
-    set_aside           a damaged checkpoint, by `megagpt train --restarts`
+    not_removed         cause: checkpoints that should be gone, or what other saves left, are still there
+    made_room           removed: steps whose checkpoints made way for this one on a full disk
+    set_aside           cause: a damaged checkpoint, by `checkpoint.fall_back`, or what was none under a step's name
     spike               of the loss or gradient norm, and what was done
     rollback            to_step, skipped_batches
     skipped_batches     batches (first, end) that `train.skip_batches` passes over

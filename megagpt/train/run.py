@@ -22,14 +22,14 @@ from megagpt.checkpoint.choose import choose_step
 from megagpt.checkpoint.open import CHECKPOINTS, rank_files
 from megagpt.checkpoint.save import Identity, verify_together
 from megagpt.checkpoint.saver import Saver
-from megagpt.checkpoint.store import CheckpointStore, Manifest
+from megagpt.checkpoint.store import CheckpointStore, Manifest, Survey
 from megagpt.checkpoint.tensors import SliceReader
 from megagpt.config.load import dump_config
 from megagpt.config.schema import TrainingRun
 from megagpt.data.manifest import read_manifest
 from megagpt.data.mixture import Mixture, open_mixture
 from megagpt.engine.engine import Engine
-from megagpt.errors import CheckpointError, MegaGPTError, RunBusy
+from megagpt.errors import CheckpointDamaged, CheckpointUnreadable, MegaGPTError, RunBusy
 from megagpt.lock import locked_folder
 from megagpt.model import flops
 from megagpt.parallel.mesh import Mesh
@@ -162,7 +162,7 @@ def _train_in_folder(config: TrainingRun, opened: Opened, mesh: Mesh, console: C
                 progress=progress,
                 stop=stop,
                 saver=saver,
-                restore=lambda: _restore_newest(engine, store),
+                restore=lambda: _restore_newest(engine, store, config),
                 watch=watch,
                 event=partial(log_event, config.run.dir) if mesh.is_main else _no_event,
                 mfu_per_token_rate=_mfu_per_token_rate(config, plan, mesh),
@@ -178,7 +178,7 @@ def _newest_checkpoint(
     store: CheckpointStore, config: TrainingRun, mixture: Mixture, mesh: Mesh, console: Console
 ) -> Manifest | None:
     """The checkpoint to go on from, verified; None to start at step 0."""
-    found = mesh.gather(mesh.together(store.survey))[0]  # a shared folder may look older from another host
+    found = _survey(store, mesh)
     step = choose_step(store.folder, found, config.checkpoint.resume)
     for name, why in found.rejected.items():
         console.print(f"{store.folder / name}: not taken: it {why}", highlight=False, markup=False, soft_wrap=True)
@@ -189,12 +189,30 @@ def _newest_checkpoint(
     return manifest
 
 
+def _survey(store: CheckpointStore, mesh: Mesh) -> Survey:
+    """What the main process sees. A shared folder may look older from any host, for a while after a restart.
+
+    Raises:
+        CheckpointUnreadable: another process sees a newer checkpoint.
+    """
+    surveys = mesh.gather(mesh.together(store.survey))
+    newest = [found.steps[-1] if found.steps else -1 for found in surveys]
+    if max(newest) > newest[0]:
+        rank = newest.index(max(newest))
+        raise CheckpointUnreadable(
+            f"{store.step_dir(max(newest))}: rank {rank} sees it and rank 0 does not: it sees "
+            + (f"step {newest[0]}" if surveys[0].steps else "no checkpoint")
+            + ". All hosts must see the same folder; where they do after a while, the same command goes on"
+        )
+    return surveys[0]
+
+
 def _verified(store: CheckpointStore, steps: list[int], config: TrainingRun, mesh: Mesh) -> Manifest:
-    """The newest checkpoint that is whole; the only one that is left is never set aside."""
+    """The newest checkpoint that is whole; the only one that is left is never set aside, nor what cannot be read."""
     for step in reversed(steps[1:]):
         try:
             return verify_together(store.step_dir(step), mesh)
-        except CheckpointError as error:
+        except CheckpointDamaged as error:
             if not config.checkpoint.fall_back:
                 raise
             cause = str(error)
@@ -212,12 +230,13 @@ def _restore(engine: Engine, store: CheckpointStore, newest: Manifest | None) ->
     return state
 
 
-def _restore_newest(engine: Engine, store: CheckpointStore) -> TrainState | None:
-    """Put a running engine back to its newest checkpoint, verified again; None where there is none."""
-    steps = engine.mesh.gather(engine.mesh.together(store.steps))[0]
-    if not steps:
+def _restore_newest(engine: Engine, store: CheckpointStore, config: TrainingRun) -> TrainState | None:
+    """Put a running engine back to its newest checkpoint that is whole, as at a start; None where there is none."""
+    found = _survey(store, engine.mesh)
+    found.check_newest_readable(store.folder)
+    if not found.steps:
         return None
-    manifest = verify_together(store.step_dir(steps[-1]), engine.mesh)
+    manifest = _verified(store, found.steps, config, engine.mesh)
     return engine.mesh.together(lambda: _restore(engine, store, manifest))
 
 

@@ -92,7 +92,7 @@ def saver(store: CheckpointStore, state: State, told: Told, *tokenizer_files: Pa
 def save_by(kind: str, store: CheckpointStore, step: int, *tokenizer_files: Path) -> Told:
     """One save as a run makes it, waited for; `kind` is sync or async. A failed one is told, not raised."""
     state, told = State(step), Told()
-    with saver(store, state, told, *tokenizer_files, asynchronous=kind == "async") as by:
+    with saver(store, state, told, *tokenizer_files, asynchronous=kind == "async", make_room=False) as by:
         by.save({"step": step})
         state.set(step + 50)
     return told

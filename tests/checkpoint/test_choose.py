@@ -14,7 +14,7 @@ from megagpt.checkpoint.choose import choose_step
 from megagpt.checkpoint.manage import list_checkpoints
 from megagpt.checkpoint.open import open_checkpoint
 from megagpt.checkpoint.store import CheckpointStore
-from megagpt.errors import CheckpointError
+from megagpt.errors import CheckpointError, CheckpointUnreadable, SystemFailed
 from tests.checkpoint.small_saves import check_whole, save
 
 
@@ -164,12 +164,27 @@ def closed():
             path.chmod(0o755)
 
 
-def test_a_step_that_may_not_be_read_is_named_and_the_one_before_it_is_taken(closed):
+@pytest.mark.parametrize("rule", ["auto", "must", "never"])
+def test_a_newest_step_that_may_not_be_read_is_refused_by_name(rule, closed):
+    """It may be the newest checkpoint: what goes on before it would come to its step again, and cannot save there."""
     closed.step_dir(2).chmod(0o000)
+    named = r"step_00000002: cannot be read: Permission denied, and it is newer .*to go on from step 1"
     with nobody():
         found = closed.survey()
+        with pytest.raises(CheckpointUnreadable, match=named) as refused:
+            chosen(closed, rule)
+        with pytest.raises(CheckpointUnreadable, match=named):
+            open_checkpoint(closed.folder.parent)
+    assert refused.value.exit_code == SystemFailed.exit_code
     assert found.steps == [1]
     assert found.rejected == {"step_00000002": "cannot be read: Permission denied"}
+
+
+def test_an_older_step_that_may_not_be_read_is_named_and_the_newest_is_taken(closed):
+    closed.step_dir(1).chmod(0o000)
+    with nobody():
+        assert chosen(closed) == 2
+        assert closed.survey().rejected == {"step_00000001": "cannot be read: Permission denied"}
 
 
 def test_a_folder_that_may_not_be_read_is_refused(closed):

@@ -62,6 +62,22 @@ def saves_with_a_full_disk(run_dir: Path) -> list[Call]:
     return calls + recorder.calls
 
 
+def saves_that_make_room(run_dir: Path) -> list[Call]:
+    """The third of three saves finds a full disk half-way, and the first checkpoint makes room for it."""
+    state, told = State(0, scale=SCALE), Told()
+    store = CheckpointStore(run_dir / "checkpoints")
+    calls: list[Call] = []
+    with saver(store, state, told, asynchronous=False, keep_last=2) as by:
+        for step in (0, 10, 20):
+            state.set(step)
+            with failing_at(6 if step == 20 else 10**9, no_space, once=True), recording(run_dir) as recorder:
+                by.save({"step": step})
+                recorder.acknowledge(step)
+            calls += recorder.calls
+    assert [(event["event"], event["removed"]) for event in told.events] == [("made_room", [0])]
+    return calls
+
+
 def saves_after_a_kill(run_dir: Path) -> list[Call]:
     """A process is killed while it saves step 10; the next one saves it again."""
     store, state = CheckpointStore(run_dir / "checkpoints"), State(10, scale=SCALE)
@@ -99,6 +115,7 @@ PROTOCOLS = {
     "async": lambda run_dir: saves(run_dir, asynchronous=True),
     "keeping one": lambda run_dir: saves(run_dir, asynchronous=False, keep_last=1),
     "a full disk": saves_with_a_full_disk,
+    "making room": saves_that_make_room,
     "after a kill": saves_after_a_kill,
     "sync, 2 ranks": lambda run_dir: saves_of_several_ranks(run_dir, "sync"),
     "async, 2 ranks": lambda run_dir: saves_of_several_ranks(run_dir, "async"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 
 import pytest
@@ -11,6 +13,7 @@ from megagpt.checkpoint.manage import list_checkpoints, prune_run, verify_all
 from megagpt.checkpoint.store import CheckpointStore, read_manifest, verify_checkpoint
 from megagpt.errors import CheckpointError
 from megagpt.lock import locked_folder
+from tests.checkpoint.calls import place_of, standing_in
 from tests.checkpoint.hostile import encoded
 from tests.checkpoint.small_saves import check_whole, save
 
@@ -133,7 +136,7 @@ def test_retention_keeps_the_newest_and_the_multiples(keep_last, keep_every, lef
     store = CheckpointStore(tmp_path / "checkpoints")
     for step in range(1, 8):
         save(store, step, keep_last=9)
-    removed = store.prune(keep_last, keep_every)
+    removed = store.prune(keep_last, keep_every).steps
     assert check_whole(store) == left
     assert sorted(removed + left) == [1, 2, 3, 4, 5, 6, 7]
 
@@ -207,3 +210,45 @@ def test_nothing_is_pruned_under_a_run_that_trains(tmp_path):
     ):
         prune_run(run_dir, keep_last=1, keep_every=0, dry_run=False)
     assert check_whole(CheckpointStore(tmp_path / "checkpoints")) == [1, 2, 3]
+
+
+def test_what_was_set_aside_is_listed_and_removed_where_that_is_asked_for(tmp_path):
+    store = CheckpointStore(tmp_path / "checkpoints")
+    run_dir = run_of(store, 1, 2, 3, 4)
+    store.set_aside(3)
+    (store.folder / "step_00000002.damaged1").mkdir()  # as an older version named it
+    asides = {"step_00000003.damaged", "step_00000002.damaged1"}
+    listed = list_checkpoints(run_dir)
+    assert all(f"{name}: was set aside; `megagpt checkpoint prune --damaged` removes it" in listed for name in asides)
+    told = prune_run(run_dir, keep_last=2, keep_every=0, dry_run=False)
+    assert all((store.folder / name).is_dir() for name in asides)
+    assert "removed step_00000003" not in told
+    assert all(f"left {name}" in told for name in asides)
+    assert "removed step        1" in told
+    dry = prune_run(run_dir, keep_last=2, keep_every=0, dry_run=True, damaged=True)
+    assert all((store.folder / name).is_dir() for name in asides)
+    told = prune_run(run_dir, keep_last=2, keep_every=0, dry_run=False, damaged=True)
+    assert dry.replace("would remove", "removed") == told
+    assert all(f"removed {name}" in told for name in asides)
+    assert {path.name for path in store.folder.iterdir()} == {"step_00000002", "step_00000004"}
+
+
+def test_pruning_says_what_it_could_not_remove(tmp_path):
+    store = CheckpointStore(tmp_path / "checkpoints")
+    run_dir = run_of(store, 1, 2, 3)
+    store.set_aside(2)
+    held = store.folder / "step_00000002.damaged"
+
+    def handle(name, call, args, kwargs):
+        if name == "rmdir" and place_of(args, kwargs) == held:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(held))
+        return call()
+
+    with (
+        standing_in(handle),
+        pytest.raises(
+            CheckpointError, match=r"removed step        1(.|\n)*not removed: .*step_00000002.damaged: Device"
+        ),
+    ):
+        prune_run(run_dir, keep_last=1, keep_every=0, dry_run=False, damaged=True)
+    assert held.is_dir()

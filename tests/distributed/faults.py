@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -187,6 +189,62 @@ def _slow_forward(fault: Fault) -> None:
     Engine._nll = changed  # type: ignore[method-assign]
 
 
+def _no_room_for_config(fault: Fault) -> None:
+    from megagpt.train import run
+
+    original = run.write_file
+
+    def changed(target: Path, content: bytes) -> None:
+        if target.name == "config.yaml":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        original(target, content)
+
+    run.write_file = changed
+
+
+def _no_lock(fault: Fault) -> None:
+    import fcntl
+
+    def changed(*args: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    fcntl.flock = changed
+
+
+def _no_checkpoint_seen(fault: Fault) -> None:
+    from megagpt.checkpoint.store import CheckpointStore, Survey
+
+    CheckpointStore.survey = lambda self: Survey([], {})  # type: ignore[method-assign]
+
+
+def _no_room_in_save(fault: Fault) -> None:
+    from megagpt.checkpoint.store import CheckpointStore
+
+    def work(store: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(store.folder))
+
+    before(CheckpointStore, "begin", fault, work)
+
+
+def _damages_the_newest(fault: Fault) -> None:
+    from megagpt.checkpoint.store import CheckpointStore
+    from megagpt.train.run import CHECKPOINTS
+
+    original = CheckpointStore.publish
+
+    def changed(self: Any, manifest: Any, *args: Any) -> Path:
+        target = original(self, manifest, *args)
+        if manifest.step == 40 and not target.with_suffix(".damaged").exists():
+            assert target.parent.name == CHECKPOINTS
+            damaged = target / "rank_00000.safetensors"
+            content = bytearray(damaged.read_bytes())
+            content[-1] ^= 1
+            damaged.write_bytes(content)
+        return target
+
+    CheckpointStore.publish = changed  # type: ignore[method-assign]
+
+
 FAULTS: dict[str, Callable[[Fault], None]] = {
     "sleeps in loader": _in_loader(_sleep),
     "stopped": _in_loader(lambda _: os.kill(os.getpid(), signal.SIGSTOP)),
@@ -208,4 +266,9 @@ FAULTS: dict[str, Callable[[Fault], None]] = {
     "inf weight after update": _before_comparison(_bad_weight),
     "noise": _spike,
     "slow forward": _slow_forward,
+    "no room for config.yaml": _no_room_for_config,
+    "no lock": _no_lock,
+    "sees no checkpoint": _no_checkpoint_seen,
+    "no room in save": _no_room_in_save,
+    "damages the newest checkpoint": _damages_the_newest,
 }

@@ -35,7 +35,7 @@ def save_until_no_call_is_left(folder: Path, kind: str, failure: str, times: str
     step = 0
     state, story = State(0, mesh), Told()
     store = CheckpointStore(folder)
-    with saver(store, state, story, asynchronous=kind == "async", keep_last=1) as by:
+    with saver(store, state, story, asynchronous=kind == "async", keep_last=1, make_room=False) as by:
         for failing_rank in ranks:
             k, failed = 0, True
             while failed:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from megagpt.doctor.hosts import Host
-from megagpt.errors import MegaGPTError
-from megagpt.supervise.hosts import legal_hosts
+from megagpt.errors import MegaGPTError, SystemFailed
+from megagpt.supervise.hosts import Hosts, legal_hosts
 from tests.tiny import run_config
 
 HOSTS = tuple(Host(f"node{number}", 2) for number in range(1, 6))
@@ -47,3 +47,15 @@ def test_too_few_for_the_layout_is_an_error_that_says_which_answer(configured):
         legal_hosts(config, HOSTS[:1])
     with pytest.raises(MegaGPTError, match="no host answers"):
         legal_hosts(config, ())
+
+
+def test_hosts_that_do_not_answer_may_again_and_those_that_are_not_listed_never_will(configured, tmp_path):
+    hostfile, said = tmp_path / "hosts", []
+    hostfile.write_text("127.0.0.1 slots=2\n")
+    with pytest.raises(SystemFailed, match=r"too few hosts answer: .*no host answers"):
+        Hosts(hostfile, configured(), None, 1, said.append).launcher_arguments()  # nothing listens on port 1
+    assert said[0].startswith("left out: 127.0.0.1: ")
+    config = configured("parallel.tensor=4", "model.n_head=4", "model.d_model=32")
+    with pytest.raises(MegaGPTError, match=r"on the hosts in the hostfile \(127.0.0.1\): .*parallel.tensor") as wrong:
+        Hosts(hostfile, config, None, 1, said.append).launcher_arguments()
+    assert wrong.value.exit_code == 2

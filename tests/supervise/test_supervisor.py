@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import time
 import psutil
 import pytest
 
-from megagpt.errors import RunBusy
+from megagpt.errors import ConfigError, RunBusy, SystemFailed
 from megagpt.supervise.supervisor import STOPPED, Patience, Supervisor, cause_of, processes_of
 from megagpt.train.stop import ASKED, LAUNCHER_GONE
 
@@ -56,18 +57,25 @@ DONE = {"save": LAST_STEP, "code": 0}
 def supervised(tmp_path):
     """Run a plan; exit code, starts, what was said, events."""
 
-    def run(*plan, restarts=2):
+    def run(*plan, restarts=2, command=None, heard=None):
         (tmp_path / "run").mkdir(exist_ok=True)
         (tmp_path / "plan.json").write_text(json.dumps(plan))
         said: list[str] = []
+        words = [sys.executable, "-c", LAUNCHER, str(tmp_path)]
+
+        def say(line):
+            said.append(line)
+            if heard is not None:
+                heard(line)
+
         handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
         try:
             code = Supervisor(
                 tmp_path / "run",
-                lambda: [sys.executable, "-c", LAUNCHER, str(tmp_path)],
+                lambda: command(words) if command is not None else words,
                 os.environ,
                 Patience(restarts, first_wait_seconds=0.01, grace_seconds=0.3),
-                said.append,
+                say,
                 LAST_STEP,
             ).run()
         finally:
@@ -75,7 +83,8 @@ def supervised(tmp_path):
                 signal.signal(number, handler)
         history = tmp_path / "run" / "events.jsonl"
         events = [json.loads(line) for line in history.read_text().splitlines()] if history.exists() else []
-        return code, len((tmp_path / "attempts").read_text()), said, events
+        attempts = tmp_path / "attempts"
+        return code, len(attempts.read_text()) if attempts.exists() else 0, said, events
 
     return run
 
@@ -129,8 +138,85 @@ def test_a_run_that_says_that_it_is_over_is_over(end, supervised):
     assert supervised(end)[:2] == (0, 1)
 
 
-def test_a_busy_folder_is_tried_again(supervised):
-    assert supervised({"code": RunBusy.exit_code}, DONE)[:2] == (0, 2)
+@pytest.mark.parametrize("code", [RunBusy.exit_code, SystemFailed.exit_code])
+def test_a_busy_folder_and_a_failing_system_are_tried_again(code, supervised):
+    assert supervised({"code": code}, DONE)[:2] == (0, 2)
+
+
+def raising(*errors):
+    """A command that cannot be made so often; then it can."""
+    left = list(errors)
+
+    def command(words):
+        if left:
+            raise left.pop(0)
+        return words
+
+    return command
+
+
+def test_too_few_hosts_for_a_while_are_waited_for_like_any_other_failure(supervised):
+    few = SystemFailed("too few hosts answer: none")
+    code, starts, said, events = supervised({"save": 5, "code": 1}, DONE, command=raising(few, few))
+    assert (code, starts) == (0, 2)
+    assert "too few hosts answer: none; starting again in 0 s from the beginning (1 of 2" in said[0]
+    assert [(event["exit_code"], event["cause"]) for event in events[:2]] == [(7, str(few))] * 2
+    code, starts, said, events = supervised(command=raising(*[few] * 9), restarts=1)
+    assert (code, len(events)) == (7, 5)
+    assert "given up after 2 failures in a row without a new checkpoint; the last one: too few hosts" in said[-1]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.ENOENT, errno.EAGAIN])
+def test_a_launcher_that_cannot_be_started_just_now_is_tried_again(number, supervised):
+    code, starts, said, _ = supervised(DONE, command=raising(OSError(number, os.strerror(number))))
+    assert (code, starts) == (0, 1)
+    assert os.strerror(number) in said[0]
+
+
+def test_a_wrong_configuration_is_not_tried_again(supervised):
+    with pytest.raises(ConfigError, match="not of the form"):
+        supervised(DONE, command=raising(ConfigError("hosts:1: not of the form")))
+
+
+@pytest.mark.parametrize("when", ["before the next start", "at the end"])
+def test_a_folder_that_cannot_be_looked_into_for_a_while_ends_nothing(when, supervised, tmp_path):
+    checkpoints, away = tmp_path / "run" / "checkpoints", tmp_path / "away"
+
+    starts_before = []
+
+    def unmount(words):
+        starts_before.append(words)
+        if len(starts_before) == 2:
+            checkpoints.rename(away)
+            checkpoints.symlink_to("gone")
+        return words
+
+    def mount_again(line):
+        if checkpoints.is_symlink() and "link to gone" in line and (when == "at the end" or "starting again" in line):
+            checkpoints.unlink()
+            away.rename(checkpoints)
+
+    code, starts, said, events = supervised(
+        {"save": 5, "code": 1}, {"code": 1}, DONE, command=unmount, heard=mount_again, restarts=3
+    )
+    assert code == 0
+    assert starts == 3
+    assert any("is a link to gone, which is gone; is its disk mounted?" in line for line in said)
+    assert {event["step"] for event in events} == {5}
+
+
+def test_checkpoints_that_were_there_and_are_not_are_no_reason_to_start_from_the_beginning(supervised, tmp_path):
+    checkpoints, away = tmp_path / "run" / "checkpoints", tmp_path / "away"
+
+    def heard(line):
+        if "from step 5 (1 of 3" in line:
+            checkpoints.rename(away)
+        elif away.exists():
+            away.rename(checkpoints)
+
+    code, starts, said, _ = supervised({"save": 5, "code": 1}, DONE, heard=heard, restarts=3)
+    assert (code, starts) == (0, 2)
+    assert "step 5 was here, and now there is no checkpoint" in said[1]
 
 
 @pytest.mark.parametrize("state", ["sleeping", "stopped"])
