@@ -46,6 +46,13 @@ from megagpt.errors import ConfigError
     "further failure without progress, 300 at most.",
 )
 @click.option(
+    "--grace",
+    type=click.FloatRange(min=0),
+    help="With --restarts: seconds that processes of this host have to save and end by themselves after a stop or a "
+    "failure, counted anew while their save grows; then they are killed. Unset: watch.save_seconds and 300 more; "
+    "without limit where that is 0. A second Ctrl-C kills them at once.",
+)
+@click.option(
     "--check",
     is_flag=True,
     help="Resolve the configuration, print the plan for --processes (1 where not given) and exit; no accelerator is "
@@ -58,6 +65,11 @@ def train(configs: tuple[str, ...], processes: int | None, check: bool, **option
     lost; 5 another process trains in the run's folder; 6 the last save failed; 7 a disk, the network or a host failed,
     and may work again; 130 (Ctrl-C) and 143 (SIGTERM): stopped with nothing saved; 1 a fault of the program. With
     --restarts, 2 and 3 end the run at once; everything else is tried again, too few hosts that answer among it.
+
+    SIGTERM, SIGUSR1 or Ctrl-C: the step that is being computed is finished and saved, evaluations that are due then are
+    left out. On one host, the ranks then have as long as they need (--grace). On several, DeepSpeed's launcher sends
+    them SIGTERM over ssh and kills them 30 seconds later (deepspeed/launcher/launch.py): where a save takes longer, let
+    the scheduler signal the ranks themselves, as srun does.
     """
     from megagpt.train.command import launcher_command, parse_arguments
 
@@ -75,6 +87,8 @@ def train(configs: tuple[str, ...], processes: int | None, check: bool, **option
         click.get_current_context().exit(_supervise(config, command, environment, configs, **options))
     if options["hosts"] is not None:
         raise ConfigError("--hosts goes with --restarts; without it, say --launcher-args '--num_nodes N'")
+    if options["grace"] is not None:
+        raise ConfigError("--grace goes with --restarts; without it, the launcher itself decides")
     if options["ssh_port"] is not None:
         raise ConfigError("--ssh-port goes with --restarts; without it, say --launcher-args '--ssh_port N'")
     words = command(configs, _hostfile_words(options["hostfile"]))
@@ -83,6 +97,7 @@ def train(configs: tuple[str, ...], processes: int | None, check: bool, **option
 
 def _supervise(config: Any, command: Any, environment: dict[str, str], configs: tuple[str, ...], **options: Any) -> int:
     from megagpt.supervise.hosts import Hosts
+    from megagpt.supervise.leftovers import save_grace
     from megagpt.supervise.supervisor import Patience, Supervisor
 
     def say(line: str) -> None:
@@ -99,7 +114,9 @@ def _supervise(config: Any, command: Any, environment: dict[str, str], configs: 
 
     # pdsh waits for ssh, and ssh by itself for ever for a host that has gone.
     environment.setdefault("PDSH_SSH_ARGS_APPEND", "-o ServerAliveInterval=15 -o ServerAliveCountMax=4")
-    patience = Patience(options["restarts"], options["wait"])
+    grace: float | None = options["grace"]
+    seconds = save_grace(config.watch.save_seconds) if grace is None else grace
+    patience = Patience(options["restarts"], options["wait"], grace_seconds=seconds)
     supervisor = Supervisor(config.run.dir, words, environment, patience, say, config.train.max_steps)
     return supervisor.run()
 

@@ -197,10 +197,24 @@ def _of_main(mesh: Mesh, work: Callable[[], T], otherwise: str) -> T:
         CheckpointError: on all ranks; `NoRoom` where the disk was full.
     """
     try:
-        found: list[T] = mesh.gather(mesh.together(lambda: [work()] if mesh.is_main else []))[0]
+        found: list[T] = mesh.gather(mesh.together(lambda: [_told(work)()] if mesh.is_main else []))[0]
     except MegaGPTError as error:
         raise (NoRoom if lacks_room(error) else CheckpointError)(f"{otherwise}: {error}") from None
     return found[0]
+
+
+def _told(work: Callable[[], T]) -> Callable[[], T]:
+    """The same, and whatever it raises can be told on all ranks: raised on one alone, the others would wait."""
+
+    def tell() -> T:
+        try:
+            return work()
+        except (OSError, MegaGPTError):
+            raise
+        except Exception as error:
+            raise CheckpointError(repr(error)) from error
+
+    return tell
 
 
 def _each(mesh: Mesh, work: Callable[[], T], otherwise: str) -> list[T]:
@@ -229,7 +243,7 @@ def _each(mesh: Mesh, work: Callable[[], T], otherwise: str) -> list[T]:
 def _cleared(store: CheckpointStore, mesh: Mesh, staging: Path) -> str:
     """Free the room of a save that failed; what to add to its message where that fails too."""
     try:
-        mesh.on_main(lambda: store.abandon(staging))
+        mesh.on_main(_told(lambda: store.abandon(staging)))
     except MegaGPTError as error:
         return f"; what it has written is still there: {error}"
     return ""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from types import TracebackType
@@ -27,7 +28,7 @@ from megagpt.checkpoint.save import Identity, Written, make_room, prune_checkpoi
 from megagpt.checkpoint.store import CheckpointStore
 from megagpt.checkpoint.tensors import RankFile, TensorSlice
 from megagpt.config.schema import CheckpointSection
-from megagpt.errors import CheckpointError, NoRoom, SaveFailed
+from megagpt.errors import CheckpointError, NoRoom, SaveFailed, TrainingHung
 from megagpt.parallel.mesh import Mesh
 
 LAST_ATTEMPTS = 3
@@ -76,6 +77,7 @@ class Saver:
         slices: this rank's part of the state as it is when it is called.
         tell: where it says what it does.
         timeout: a rank that keeps the others waiting longer ends the run.
+        watched: around the thread's work on the checkpoint of a step: sees how long it takes, and what it raises.
     """
 
     def __init__(
@@ -87,9 +89,10 @@ class Saver:
         slices: Callable[[], Iterable[TensorSlice]],
         tell: Tell,
         timeout: timedelta = timedelta(minutes=30),
+        watched: Callable[[int], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self._store, self._mesh, self._settings, self._identity = store, mesh, settings, identity
-        self._slices, self._tell = slices, tell
+        self._slices, self._tell, self._watched = slices, tell, watched
         self._channel = _own_channel(mesh, timeout) if settings.asynchronous else mesh
         self._copy: HostCopy | None = None
         if settings.asynchronous:
@@ -150,7 +153,7 @@ class Saver:
             self._save_last(state)
         elif self._copy is not None:
             copied = self._copy.take(self._slices())
-            self._running = self._thread.submit(self._write, lambda: copied, state)
+            self._running = self._thread.submit(self._write_watched, lambda: copied, state)
             self._waited = time.monotonic() - self._started_at
         else:
             self._conclude(self._write(lambda: RankFile.of(self._slices()), state))
@@ -199,10 +202,14 @@ class Saver:
 
         Raises:
             SaveFailed: it was the last of `max_failed_saves` failures in a row.
+            TrainingHung: the thread's collectives have failed on this rank; the others cannot know.
         """
         if self._running is None:
             return
-        outcome = self._running.result()
+        try:
+            outcome = self._running.result()
+        except Exception as error:
+            raise TrainingHung(f"save at step {self._step}: the ranks cannot agree on it any more: {error}") from error
         self._running = None
         self._conclude(outcome)
 
@@ -239,6 +246,10 @@ class Saver:
         when = f"in {retry_after} steps or when" if retry_after else "when"
         self._tell.say(f"warning: {outcome.failure}; tried again {when} the next save is due")
         self._tell.event("save_failed", outcome.step, cause=outcome.failure, in_a_row=self.failed_in_a_row)
+
+    def _write_watched(self, content: Callable[[], RankFile], state: Mapping[str, Any]) -> Outcome:
+        with self._watched(int(state["step"])):
+            return self._write(content, state)
 
     def _write(self, content: Callable[[], RankFile], state: Mapping[str, Any]) -> Outcome:
         """Write, publish, then remove what need not be kept: in the thread, or in its place."""

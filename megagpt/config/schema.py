@@ -352,9 +352,14 @@ class WatchSection(Section):
     """Longest time of an optimizer step; 0: no deadline. Unset: ten times the median of the last steps, and at least
     180 seconds."""
     save_seconds: NonNegativeFloat = 1800.0
-    """Longest time of a checkpoint, and of the end of a run; 0: no deadline."""
+    """Longest time of a checkpoint, and of the end of a run; 0: no deadline. One that is written while training goes
+    on has it as well, from the copy to the end."""
     eval_seconds: NonNegativeFloat = 1800.0
     """Longest time of an evaluation; 0: no deadline."""
+    silent_seconds: NonNegativeFloat = 30.0
+    """Longest time without a sign of life of a rank while the others give theirs, one a second: a host without power
+    or network is found so, long before a step's deadline. A process that a debugger or SIGSTOP holds, or that holds the
+    interpreter's lock in foreign code, gives none either. 0: no limit."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite is seen on all ranks before the update. stop: the run ends with exit code
     3; skip: the step makes no update and the run goes on. The step is computed once more to find the rank. fp16: a

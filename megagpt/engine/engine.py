@@ -172,7 +172,7 @@ class Engine:
         micro_batches: Sequence[TokenBatch],
         lr: float,
         *,
-        stop: bool = False,
+        stop: Callable[[], bool] = bool,
         judge: Judge | None = None,
         together: bool = False,
         compare: bool = False,
@@ -182,7 +182,8 @@ class Engine:
         Args:
             micro_batches: `grad_accum_steps` of `micro_batch_size` sequences.
             lr: learning rate of this step.
-            stop: this process was asked to stop; every process learns of it with the loss.
+            stop: whether this process was asked to stop; called when all its forwards are done, and every process
+                learns of it with the loss.
             judge: asked before the update. With one, a loss or norm that is not finite drops the update too, and the
                 caller sees it in what this returns.
             together: where any process's judge refuses, all refuse; costs a small collective. For judges that
@@ -196,7 +197,7 @@ class Engine:
         """
         micro_batches = self._begin(micro_batches, lr, judge, together=together, compare=compare)
         self._engine.train()
-        nll = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        nll, stopping = torch.zeros((), dtype=torch.float64, device=self.mesh.device), False
         last = len(micro_batches) - 1
         for index, batch in enumerate(micro_batches):
             # The engine's own count goes wrong when the batch size changes in mid-run.
@@ -209,16 +210,16 @@ class Engine:
             nll += micro_nll.detach()
             self._losses.append(micro_nll.detach())
             if index == last:
-                _, stop = self._agree(float(nll), stop=stop)
+                _, stopping = self._agree(float(nll), stop=stop)
             if self._inspected is not None:
                 self._inspected.micro_batch = index
             self._engine.backward(self._weighted(micro_nll))
             if index == last:
-                self._compare_where_due(stop=stop)
+                self._compare_where_due(stop=stopping)
             if index == last and not self._norm_is_told:
                 self._gate.passes(self._norm_without_zero())
             self._engine.step()
-        return self._outcome(stop=stop)
+        return self._outcome(stop=stopping)
 
     @property
     def forward_seconds(self) -> float:
@@ -309,9 +310,9 @@ class Engine:
     def _shares(self, batches: Iterable[TokenBatch]) -> list[TokenBatch]:
         return [batch.share(self.mesh.sequence_rank, self.mesh.sequence) for batch in batches]
 
-    def _agree(self, nll: float, *, stop: bool) -> tuple[float, bool]:
+    def _agree(self, nll: float, *, stop: Callable[[], bool]) -> tuple[float, bool]:
         """The step's loss over all processes, and whether any of them was asked to stop."""
-        total, stops = self.mesh.sum(self._counted_once(nll), float(stop))
+        total, stops = self.mesh.sum(self._counted_once(nll), float(stop()))
         loss = self._loss_of_step = total / self._targets_per_step
         if self._judge is None:
             self._check_finite("loss", loss)

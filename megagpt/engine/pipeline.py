@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -76,17 +76,17 @@ class PipelinedEngine(Engine):
         micro_batches: Sequence[TokenBatch],
         lr: float,
         *,
-        stop: bool = False,
+        stop: Callable[[], bool] = bool,
         judge: Judge | None = None,
         together: bool = False,
         compare: bool = False,
     ) -> StepOutcome:
         """As its base; one forward and backward of every micro-batch through all stages."""
         micro_batches = self._begin(micro_batches, lr, judge, together=together, compare=compare)
-        self._stop, self._timed = stop, False
+        self._asked_to_stop, self._stopping, self._timed = stop, False, False
         self._nll_of_step = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         self._engine.train_batch(_for_both_ends(micro_batches))
-        return self._outcome(stop=self._stop)
+        return self._outcome(stop=self._stopping)
 
     def eval_loss(self, batches: EvaluationBatches) -> tuple[float, int]:
         """As its base; the batches go through the stages one behind the other."""
@@ -141,8 +141,8 @@ class PipelinedEngine(Engine):
                 torch.distributed.all_reduce(_accumulated_gradient(engine, name, parameter), group=groups.ends)
 
     def _update(self, engine: Any, theirs: dict[type, Any]) -> None:
-        _, self._stop = self._agree(float(self._nll_of_step), stop=self._stop)
-        self._compare_where_due(stop=self._stop)
+        _, self._stopping = self._agree(float(self._nll_of_step), stop=self._asked_to_stop)
+        self._compare_where_due(stop=self._stopping)
         theirs[schedule.OptimizerStep](engine)
 
     def _forward(self, engine: Any, theirs: dict[type, Any], which: dict[str, Any]) -> None:

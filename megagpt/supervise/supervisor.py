@@ -8,8 +8,6 @@ the same patience. Only what the user has to mend ends the run at once.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import signal
 import subprocess
 import time
@@ -18,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-import psutil
-
+from megagpt.checkpoint.open import CHECKPOINTS
 from megagpt.checkpoint.store import CheckpointStore
 from megagpt.errors import MegaGPTError, RunBusy, SaveFailed, SystemFailed, TrainingDiverged, TrainingHung, of_system
+from megagpt.supervise.leftovers import clear_away
 from megagpt.train.events import count_ends, log_event
 
 STOPPED = 128 + signal.SIGTERM
@@ -50,7 +48,7 @@ class Patience:
     """Before the first restart; twice as long before each further one that comes without progress."""
     longest_wait_seconds: float = 300.0
     grace_seconds: float = 60.0
-    """For processes that are left over to save and end by themselves, before they are killed."""
+    """For processes that are left over to save and end by themselves, before they are killed; see `leftovers`."""
 
     def wait_seconds(self, failures: int) -> float:
         """Before the next start, after so many failures in a row."""
@@ -105,7 +103,7 @@ class Supervisor:
     ) -> None:
         self._run_dir = run_dir
         self._last_step = last_step
-        self._store = CheckpointStore(run_dir / "checkpoints")
+        self._store = CheckpointStore(run_dir / CHECKPOINTS)
         self._command = command
         self._environment = environment
         self._patience = patience
@@ -113,6 +111,8 @@ class Supervisor:
         self._launcher: subprocess.Popen[bytes] | None = None
         self._stopping = False
         self._seen = _Seen()
+        self._impatient = False
+        """Ctrl-C was said twice."""
 
     def run(self) -> int:
         """Start, wait, start again; the exit code for the shell.
@@ -199,14 +199,10 @@ class Supervisor:
         return code
 
     def _clear_away(self, session: int) -> None:
-        until = time.monotonic() + self._patience.grace_seconds
-        while left := processes_of(session):
-            if time.monotonic() > until:
-                self._say(f"killing {len(left)} processes that the launcher left behind: {[p.pid for p in left]}")
-                for process in left:
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        process.kill()  # reaches stopped ones as well
-            time.sleep(_ASK_AGAIN_SECONDS)
+        def grace() -> float:
+            return 0.0 if self._impatient else self._patience.grace_seconds
+
+        clear_away(session, self._run_dir / CHECKPOINTS, grace, self._say)
 
     def _asked_to_stop_while_waiting(self, cause: str, failures: int) -> bool:
         seconds = self._patience.wait_seconds(failures)
@@ -222,19 +218,10 @@ class Supervisor:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - signal's signature
         """Ask the run to save and stop: its processes do when their launcher has gone."""
+        self._impatient = self._stopping and number == signal.SIGINT
         self._stopping = True
         if self._launcher is not None and self._launcher.poll() is None:
             self._launcher.terminate()
-
-
-def processes_of(session: int) -> list[psutil.Process]:
-    """The processes of a session on this host that have not ended."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, ProcessLookupError):
-            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
 
 
 def cause_of(code: int) -> str:

@@ -66,6 +66,9 @@ class Report:
     doing: str
     where: str
     waits: bool
+    writing: str = ""
+    """What the thread does that writes a checkpoint; nothing where there is none."""
+    writer_waits: bool = False
 
 
 class Beats:
@@ -90,12 +93,19 @@ class Beats:
         """Since when the store does not answer, monotonic seconds."""
         self.lost = False
         """A call has failed: there will be no more."""
+        self.next = (rank + 1) % world_size
+        """The rank whose signs of life are listened for: in a ring, so that each costs one question a second."""
+        self.quiet_seconds = 0.0
+        """Since that rank's last one, counted only while the store answers and this process goes on itself."""
+        self._next_count = b""
+        self._looked_at = time.monotonic()
         self._asked_at = time.monotonic()
-        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._thread.start()
 
-    def raise_alarm(self, reason: str, grace: float) -> None:
-        """Tell all ranks to stop, unless one has told them already."""
-        told = json.dumps({"rank": self._rank, "reason": reason, "grace": grace})
+    def raise_alarm(self, reason: str, grace: float, *, writer: bool = False) -> None:
+        """Tell all ranks to stop, unless one has told them already; `writer`: because of a save beside training."""
+        told = json.dumps({"rank": self._rank, "reason": reason, "grace": grace, "writer": writer})
         self._within(lambda: self._asking.compare_set("alarm", "", told))
 
     def say_end(self, cause: str) -> None:
@@ -120,6 +130,8 @@ class Beats:
 
     def silent_for(self) -> float:
         """Seconds without an answer of the store, beyond what is usual."""
+        if not self._thread.is_alive():  # nothing is asked: that others hear nothing of us is theirs to see
+            return 0.0
         waiting = time.monotonic() - self._asked_at - 2 * BEAT_SECONDS
         lost = time.monotonic() - self.silent_since if self.silent_since is not None else 0.0
         return max(0.0, waiting, lost)
@@ -136,12 +148,22 @@ class Beats:
                 self._beating.set(f"beat/{self._rank}", str(count))
                 if self._beating.check(["alarm"]):
                     self.alarm = json.loads(self._beating.get("alarm"))
+                self._listen()
                 self.silent_since = None
             except RuntimeError:  # the server is gone
                 if self.silent_since is None:
                     self.silent_since = time.monotonic()
             self._asked_at = time.monotonic()
             self._stopped.wait(BEAT_SECONDS)
+
+    def _listen(self) -> None:
+        """A process that was itself held up (stopped, a machine asleep) must not take its own silence for others'."""
+        elapsed, self._looked_at = time.monotonic() - self._looked_at, time.monotonic()
+        if self.next == self._rank or not self._beating.check([f"beat/{self.next}"]):
+            return
+        count = self._beating.get(f"beat/{self.next}")
+        self.quiet_seconds = self.quiet_seconds + min(elapsed, 2 * BEAT_SECONDS) if count == self._next_count else 0.0
+        self._next_count = count
 
     def _read(self, kind: str, ranks: Collection[int], parse: Callable[[str], T]) -> dict[int, T]:
         def read() -> dict[int, T]:

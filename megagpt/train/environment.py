@@ -25,6 +25,26 @@ def put_environment_first(environment: MutableMapping[str, str]) -> None:
         environment.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 
 
+NCCL_SETTINGS = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
+    "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": str(7 * 24 * 3600),
+}
+"""Of torch 2.13's process groups of NCCL; what the user has set stays as it is.
+
+Their own watchdog ends the process when a collective lasts longer than the group's time-out, which lies behind every
+deadline of `watch.*` (`train.watch.collective_timeout`); 3, torch's default, means that it does so without taking NCCL
+down in order before, which can hang. A monitor of that watchdog ends the process where it has stood still for 8 minutes
+(torch's default), in a call of CUDA for instance: long before the deadlines of a start, save or evaluation, without
+stacks and without a name. The watch ends such a process itself, with a timer that needs no lock where all else fails.
+"""
+
+
+def let_the_watch_speak(environment: MutableMapping[str, str]) -> None:
+    """Set what keeps torch from ending a process that hangs before the watch has said for whom it waits."""
+    for name, value in NCCL_SETTINGS.items():
+        environment.setdefault(name, value)
+
+
 def name_process(environment: MutableMapping[str, str]) -> None:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE, MASTER_ADDR and MASTER_PORT, as deepspeed and torch read them.
 

@@ -95,6 +95,7 @@ def train(config: TrainingRun, state: TrainState, use: Collaborators) -> TrainSt
     try:
         return _train(config, at, use)
     except TrainingDiverged as error:
+        use.watch.enter("save", at.state.step, "waiting for the save under way")  # whose time is not that of a step
         use.event("diverged", at.state.step, reason=str(error), **error.details)
         raise
 
@@ -110,16 +111,46 @@ def _train(config: TrainingRun, at: _Progress, use: Collaborators) -> TrainState
         if policy.wants_rollback and _roll_back(at, policy, use):
             continue
         state = at.state
-        if state.step == config.train.max_steps or _due(state.step, config.eval.every):
-            _evaluate(config, state, use)
-        if state.step == config.train.max_steps or _due(state.step, config.eval.tasks_every):
-            _score_benchmarks(state, use)
-        if at.saves or outcome.stop_requested:
-            _save(at, use, last=outcome.stop_requested or state.step == config.train.max_steps)
         if outcome.stop_requested:
-            use.progress.say(f"asked to stop: saved at step {state.step}; the same command goes on from there")
+            _save(at, use, last=True)
+            _tell_stop(config, state, use)
             return state
+        _evaluate_due(config, state, use)
+        if at.saves:
+            _save(at, use, last=state.step == config.train.max_steps)
     return at.state
+
+
+def _evaluate_due(config: TrainingRun, state: TrainState, use: Collaborators) -> None:
+    validation, benchmarks = _evaluations_due(config, state, use)
+    if validation:
+        _evaluate(config, state, use)
+    if benchmarks:
+        _score_benchmarks(state, use)
+
+
+def _evaluations_due(config: TrainingRun, state: TrainState, use: Collaborators) -> tuple[bool, bool]:
+    """Whether validation and benchmarks come after this step."""
+    is_last = state.step == config.train.max_steps
+    validation = use.validation is not None and (is_last or _due(state.step, config.eval.every))
+    return validation, use.benchmarks is not None and (is_last or _due(state.step, config.eval.tasks_every))
+
+
+def _tell_stop(config: TrainingRun, state: TrainState, use: Collaborators) -> None:
+    """Whoever asks to stop may kill soon: the checkpoint comes first.
+
+    Evaluations that are due at a step in the middle of the run are left out, and not made up for; those at its end
+    would be missed for ever, and follow the checkpoint.
+    """
+    saved = f"asked to stop: saved at step {state.step}"
+    if state.step == config.train.max_steps:
+        use.progress.say(f"{saved}, the last one")
+        _evaluate_due(config, state, use)
+        return
+    use.progress.say(f"{saved}; the same command goes on from there")
+    for name, due in zip(("validation", "benchmarks"), _evaluations_due(config, state, use), strict=True):
+        if due:
+            use.progress.say(f"step {state.step}: {name} left out because of the stop; it is not made up for")
 
 
 def _step(config: TrainingRun, at: _Progress, policy: Policy, pace: Pace, use: Collaborators) -> StepOutcome:
@@ -143,7 +174,7 @@ def _step(config: TrainingRun, at: _Progress, policy: Policy, pace: Pace, use: C
     outcome = engine.train_step(
         micro_batches,
         lr,
-        stop=use.stop.requested,
+        stop=lambda: use.stop.requested,
         judge=policy.judge,
         together=policy.together,
         compare=at.saves or _due(step + 1, config.watch.replicas_every),

@@ -51,7 +51,7 @@ from megagpt.train.schedule import lr_schedule
 from megagpt.train.start import COLLECTIVE_TIMEOUT, process_store, start_mesh
 from megagpt.train.state import TrainState
 from megagpt.train.stop import StopRequest
-from megagpt.train.watch import Watch, collective_timeout
+from megagpt.train.watch import Watch, collective_timeout, save_timeout
 
 INTERRUPTED = 128 + signal.SIGINT
 """Exit code of Ctrl-C before there is anything to save, as a shell tells it."""
@@ -143,7 +143,7 @@ def _train_in_folder(config: TrainingRun, opened: Opened, mesh: Mesh, console: C
     stop = StopRequest()
     told = {"world_size": plan.world_size} | ({"changed": changes} if changes else {})
     mesh.on_main(lambda: log_start(config.run.dir, state.step, cut_off, **told))
-    with progress, closing(metrics), _saver(config, engine, store, identity, progress) as saver:
+    with progress, closing(metrics), _saver(config, engine, store, identity, progress, watch) as saver:
         progress.say(_greeting(config, state, engine))
         for line in () if opened.benchmarks is None else opened.benchmarks.lines:
             progress.say(line)
@@ -306,10 +306,17 @@ def _open_validation(config: TrainingRun, plan: BatchPlan, mesh: Mesh) -> Valida
 
 
 def _saver(
-    config: TrainingRun, engine: Engine, store: CheckpointStore, identity: Identity, progress: ProgressLine
+    config: TrainingRun,
+    engine: Engine,
+    store: CheckpointStore,
+    identity: Identity,
+    progress: ProgressLine,
+    watch: Watch,
 ) -> Saver:
     story = _Story(config.run.dir, progress, is_main=engine.mesh.is_main)
-    return Saver(store, engine.mesh, config.checkpoint, identity, engine.owned_slices, story, COLLECTIVE_TIMEOUT)
+    timeout = save_timeout(config.watch)
+    slices = engine.owned_slices
+    return Saver(store, engine.mesh, config.checkpoint, identity, slices, story, timeout, watch.writing)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,9 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -30,7 +32,8 @@ from megagpt.config.schema import WatchSection
 from megagpt.errors import MegaGPTError, TrainingHung
 from megagpt.train.beats import BEAT_SECONDS, Beats, Member, Report
 from megagpt.train.events import log_event
-from megagpt.train.stacks import dump_stacks, main_thread_place
+from megagpt.train.stacks import Place, dump_stacks, main_thread_place, place_of
+from megagpt.train.verdict import Verdict, judge, lost
 
 Phase = Literal["startup", "step", "save", "eval"]
 
@@ -45,12 +48,16 @@ _GRACE_SECONDS = 0.5
 """For the main thread, which mostly sees an error of its own when another rank has died."""
 _HOLD_SECONDS = 1.5
 """Longest that rank 0 keeps the store for the others at the end."""
-_STORE_SECONDS = 30.0
-"""Without an answer of a store on another host."""
+_FAILED_WRITER_SECONDS = 2.5 * BEAT_SECONDS
+"""For what made its collectives fail to be seen: a rank that has died is the better answer."""
+_MARGIN_SECONDS = 60
+"""That a collective waits longer than the deadline that it is under."""
 _REPORT_SECONDS = 2.5
 """Longest that the ranks wait for each other's reports."""
 _BACKUP_SECONDS = 4.0
 """After a deadline, for this thread; then the interpreter's own timer ends the process with exit code 1."""
+_NO_TIMEOUT = timedelta(days=7)
+"""Where the user wants no deadline."""
 _STDERR = 2
 """Its descriptor, whatever Python has put in its place."""
 _LAST_SECONDS = 20.0
@@ -62,8 +69,24 @@ def collective_timeout(watch: WatchSection, usual: timedelta) -> timedelta:
     """When the process group itself gives up: after every deadline, so that ours can say more."""
     deadlines = [watch.startup_seconds, watch.step_seconds or 0.0, watch.save_seconds, watch.eval_seconds]
     if 0.0 in (watch.startup_seconds, watch.step_seconds, watch.save_seconds, watch.eval_seconds):
-        return timedelta(days=7)  # the user wants no deadline
-    return max(usual, timedelta(seconds=max(deadlines) + 60))
+        return _NO_TIMEOUT
+    return max(usual, timedelta(seconds=max(deadlines) + _MARGIN_SECONDS))
+
+
+def save_timeout(watch: WatchSection) -> timedelta:
+    """When the group of the threads that write checkpoints gives up: after their deadline."""
+    return timedelta(seconds=watch.save_seconds + _MARGIN_SECONDS) if watch.save_seconds else _NO_TIMEOUT
+
+
+@dataclass(frozen=True, slots=True)
+class _Writer:
+    """The thread that writes a checkpoint while training goes on."""
+
+    step: int
+    since: float
+    thread: int
+    failure: str = ""
+    """Why it cannot agree with those of the other ranks any more."""
 
 
 class Watch:
@@ -82,6 +105,9 @@ class Watch:
         self._settings, self._run_dir, self._rank, self._end = settings, run_dir, rank, end
         self._now: tuple[Phase, int, str, float] = ("startup", 0, "", time.monotonic())
         self._marks = 0
+        self._writer: _Writer | None = None
+        self._about_writer = False
+        """The alarm is about that thread, not the main one."""
         self._step_seconds: deque[float] = deque(maxlen=64)
         self._members: Sequence[Member] = ()
         self._neighbours: list[tuple[Member, psutil.Process]] = []
@@ -100,6 +126,9 @@ class Watch:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if isinstance(error, RuntimeError | OSError) and _COLLECTIVE_ERROR.search(str(error)) and self._has_lost_one():
             self._alarm(f"{type(error).__name__} in a collective")
+        if isinstance(error, TrainingHung):  # of a save beside training
+            self._about_writer = True
+            self._alarm(str(error))
         if self._beats is not None:
             cause = _cause(error)
             if cause:
@@ -135,6 +164,24 @@ class Watch:
             since = now
         self._now = (phase, step, doing, since)
 
+    @contextmanager
+    def writing(self, step: int) -> Iterator[None]:
+        """Around the work of a thread that writes a checkpoint beside training: `watch.save_seconds` are its own.
+
+        An error that leaves it is one of its collectives; without them the ranks cannot agree on the checkpoint, and
+        all of them end. All else that can go wrong with a save is told and the run goes on (`checkpoint.saver`).
+
+        Args:
+            step: of the checkpoint.
+        """
+        self._writer = writer = _Writer(step, time.monotonic(), threading.get_ident())
+        try:
+            yield
+        except Exception as error:
+            self._writer = _Writer(step, writer.since, writer.thread, _cause(error))
+            raise
+        self._writer = None
+
     def deadline(self, phase: Phase) -> float:
         """Seconds that the phase may last now; 0 for ever."""
         settings = self._settings
@@ -152,7 +199,7 @@ class Watch:
 
     def _watch(self) -> None:
         while not self._closed.wait(_LOOK_SECONDS):
-            reason = self._overdue() or self._trouble()
+            reason = self._overdue() or self._writer_overdue() or self._trouble()
             if reason:
                 self._alarm(reason)
 
@@ -164,6 +211,16 @@ class Watch:
             return ""
         key = "watch.startup_seconds" if phase == "step" and not self._step_seconds else f"watch.{phase}_seconds"
         return f"{_in_words(phase, step)} is not done after {spent:.0f} s (limit {deadline:.0f} s, {key})"
+
+    def _writer_overdue(self) -> str:
+        writer, limit = self._writer, self._settings.save_seconds
+        if writer is None or writer.failure or not limit or time.monotonic() - writer.since <= limit:
+            return ""
+        self._about_writer = True
+        spent = time.monotonic() - writer.since
+        return (
+            f"save at step {writer.step} is not written after {spent:.0f} s (limit {limit:.0f} s, watch.save_seconds)"
+        )
 
     def _arm_backup(self, deadline: float, spent: float) -> None:
         """The interpreter's timer needs no lock that another thread may hold for ever. Set anew once in a while."""
@@ -194,15 +251,27 @@ class Watch:
         if beats is None:
             return "", 0.0
         if beats.alarm is not None:
+            self._about_writer = bool(beats.alarm["writer"])
             return str(beats.alarm["reason"]), float(beats.alarm["grace"])
         gone = self._gone()
         if gone:
             return f"{' and '.join(str(member) for member in gone)} ended while others went on", _GRACE_SECONDS
-        if beats.silent_for() > _STORE_SECONDS and not _alive(self._host_of_store()):
-            return "the store of the process group, in rank 0 or its launcher, is gone", _GRACE_SECONDS
+        writer = self._writer
+        if writer is not None and writer.failure:
+            self._about_writer = True
+            return f"save at step {writer.step}: the ranks cannot agree on it any more", _FAILED_WRITER_SECONDS
+        limit = self._settings.silent_seconds
+        if limit and beats.silent_for() > limit and not _alive(self._host_of_store()):
+            words = f"the store of the process group, in rank 0 or its launcher, has not answered for {limit:.0f} s"
+            return f"{words} (limit {limit:.0f} s, watch.silent_seconds)", _GRACE_SECONDS
+        if limit and beats.quiet_seconds > limit and beats.next not in beats.ends([beats.next]):
+            words = f"rank {beats.next} has given no sign of life for {beats.quiet_seconds:.0f} s"
+            return f"{words} (limit {limit:.0f} s, watch.silent_seconds)", _GRACE_SECONDS
         return "", 0.0
 
     def _host_of_store(self) -> psutil.Process | None:
+        if self._rank == 0:  # where its own thread is slow to ask, the store is not gone
+            return psutil.Process()
         return next((process for member, process in self._neighbours if member.rank == 0), None)
 
     def _gone(self) -> list[Member]:
@@ -247,21 +316,23 @@ class Watch:
         unable = self._unable_then or self._unable()  # before anybody hears of us, and kills them
         phase, step, doing, _ = self._now
         folder = self._run_dir / "stacks"
-        place = main_thread_place()
+        place, writer = main_thread_place(), self._writer
+        writes = _place_of_writer(writer)
         try:
             dump_stacks(folder, self._rank, reason)
         except OSError as error:  # a full disk: the run ends all the same
             sys.stderr.write(f"{folder}: no stacks: {error}\n")
-        own = Report(self._rank, self._marks, _in_words(phase, step, doing), place.where, place.waits)
+        words = _in_words(phase, step, doing)
+        own = Report(self._rank, self._marks, words, place.where, place.waits, writes.where, writes.waits)
         reports = self._exchange(reason, own, unable)
         heard = set(reports)
         if self._beats is not None and self._beats.lost:  # each of this host speaks for itself alone
             heard = {self._rank, *(member.rank for member, _ in self._neighbours)} - unable.keys()
-        blamed = self._blamed(reports, unable)
+        verdict = self._verdict(reports, unable)
         if not any(member.rank in heard for member, _ in self._neighbours if member.rank < self._rank):
-            self._tell(reason, reports, blamed)
+            self._tell(reason, reports, verdict)
         if self._rank == min(heard):
-            self._log(reason, blamed)
+            self._log(reason, verdict)
         for member, process in self._neighbours:
             # What cannot end itself: a stopped process takes no signal but this one, and launchers give up before.
             if member.rank in unable and _status(process) == psutil.STATUS_STOPPED:
@@ -289,7 +360,7 @@ class Watch:
         if beats is None:
             return reports
         beats.lost = beats.lost or 0 in unable  # it holds the store
-        beats.raise_alarm(reason, 0.0)
+        beats.raise_alarm(reason, 0.0, writer=self._about_writer)
         beats.report(own)
         until = time.monotonic() + _REPORT_SECONDS
         awaited = {member.rank for member in self._members} - unable.keys()
@@ -300,47 +371,33 @@ class Watch:
             time.sleep(_GRACE_SECONDS + _LOOK_SECONDS + 0.5)  # the others come to the same without hearing of us
         return reports
 
-    def _tell(self, reason: str, reports: dict[int, Report], blamed: Sequence[tuple[int, str]]) -> None:
-        others = sorted(reports.keys() - {rank for rank, _ in blamed})
+    def _tell(self, reason: str, reports: dict[int, Report], verdict: Verdict) -> None:
+        others = sorted(reports.keys() - set(verdict.ranks))
         lines = [
-            f"error: {reason}; {_verdict(blamed)}. Stacks of the ranks that could write them: "
+            f"error: {reason}; {verdict}. Stacks of the ranks that could write them: "
             f"{self._run_dir / 'stacks'}. The last checkpoint stands",
             *(f"  rank {rank}: {reports[rank].doing}, at {reports[rank].where}" for rank in others[:8]),
         ]
         sys.stderr.write("\n".join(lines) + "\n")
 
-    def _log(self, reason: str, blamed: Sequence[tuple[int, str]]) -> None:
+    def _log(self, reason: str, verdict: Verdict) -> None:
         try:
-            log_event(
-                self._run_dir,
-                "hung",
-                self._now[1],
-                reason=reason,
-                ranks=[rank for rank, _ in blamed],
-                verdict=_verdict(blamed),
-            )
+            log_event(self._run_dir, "hung", self._now[1], reason=reason, ranks=verdict.ranks, verdict=str(verdict))
         except OSError as error:
             sys.stderr.write(f"{self._run_dir}: event not written: {error}\n")
 
-    def _blamed(self, reports: dict[int, Report], unable: dict[int, str]) -> list[tuple[int, str]]:
-        """Ranks that did not arrive, and why: those that cannot report, those behind, those that do not wait."""
+    def _verdict(self, reports: dict[int, Report], unable: dict[int, str]) -> Verdict:
+        """Ranks that cannot report are the cause; then those that did not, those behind, those that do not wait."""
         if unable:
-            return sorted(unable.items())
+            return Verdict(sorted(unable.items()))
         missing = [member for member in self._members if member.rank not in reports]
+        beats = self._beats
+        if beats is not None and beats.lost:  # whom this host sees is well; of the others nothing can be heard
+            near = {member.rank for member, process in self._neighbours if _alive(process)}
+            missing = [member for member in missing if member.rank not in near] or missing
         if missing:
-            causes = self._beats.ends([member.rank for member in missing]) if self._beats is not None else {}
-            return [(member.rank, _silent(member, causes.get(member.rank))) for member in missing]
-        furthest = max(report.mark for report in reports.values())
-        behind = [report for report in reports.values() if report.mark < furthest]
-        if not behind:
-            behind = [report for report in reports.values() if not report.waits]
-        if len(behind) == len(reports) > 1:
-            return []
-        return [(report.rank, self._place(report)) for report in sorted(behind, key=lambda report: report.rank)]
-
-    def _place(self, report: Report) -> str:
-        who = next((str(member) for member in self._members if member.rank == report.rank), f"rank {report.rank}")
-        return f"{who} did not arrive: {report.doing}, at {report.where}"
+            return lost(missing, beats.ends([member.rank for member in missing]) if beats is not None else {})
+        return judge(reports, self._members, writer=self._about_writer)
 
     def _close(self) -> None:
         self._closed.set()
@@ -350,19 +407,21 @@ class Watch:
             self._beats.close()
 
 
+def _place_of_writer(writer: _Writer | None) -> Place:
+    """In words; empty where there is none."""
+    if writer is None:
+        return Place("", waits=False)
+    if writer.failure:
+        return Place(f"its collectives failed: {writer.failure}", waits=False)
+    place = place_of(writer.thread)
+    return Place(f"writing, at {place.where}", place.waits)
+
+
 def _cause(error: BaseException | None) -> str:
     """In one line; nothing where a process ends as it should, or by Ctrl-C."""
     if not isinstance(error, Exception):
         return ""
     return " ".join(f"{type(error).__name__}: {error}".split())[:500]
-
-
-def _verdict(blamed: Sequence[tuple[int, str]]) -> str:
-    return " and ".join(words for _, words in blamed) or "all ranks wait for each other, or for a device"
-
-
-def _silent(member: Member, cause: str | None) -> str:
-    return f"{member} ended: {cause}" if cause else f"{member} did not arrive and gives no sign of life"
 
 
 def _in_words(phase: Phase, step: int, doing: str = "") -> str:

@@ -160,6 +160,34 @@ def test_a_failed_save_waits_for_the_next_due_one_where_that_is_asked_for(store)
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("call", ["write", "rename", "replace", "mkdir", "rmdir"])
+def test_whatever_a_call_raises_is_a_failure_that_is_told(call, asynchronous, store):
+    """No error of the operating system, and in what the main rank does alone: the others would wait for it."""
+    save(store, 5)
+    state, told = State(10), Told()
+    raised = []
+
+    def handle(name, made, args, kwargs):
+        if name == call and not raised:
+            raised.append(name)
+            raise ValueError("a fault of the program")
+        return made()
+
+    with saver(store, state, told, asynchronous=asynchronous, keep_last=1) as by:
+        with standing_in(handle):
+            by.save({"step": 10})
+            by.settle()
+        if raised:
+            (event,) = told.events
+            assert event["event"] == ("not_removed" if call == "rmdir" else "save_failed")
+            assert "ValueError('a fault of the program')" in event["cause"]
+        state.set(20)
+        by.save({"step": 20})
+    assert check_whole(store)[-1] == 20
+    assert raised or call in ("rename", "replace"), "one of the two publishes"
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 def test_so_many_failed_saves_in_a_row_end_the_run_where_that_is_asked_for(asynchronous, store):
     state, told = State(10), Told()
     save(store, 5)

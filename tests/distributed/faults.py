@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 FOREVER = 600.0
+SLOW = 8.0
+"""Seconds of a write that takes long, and gets done."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,12 @@ def _sleep(_: Any) -> None:
     time.sleep(FOREVER)
 
 
+def _stop(_: Any) -> None:
+    """The thread that the system chooses to stop first may be another one: this one must not go on until then."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(1.0)
+
+
 def _in_loader(work: Callable[[Any], None]) -> Callable[[Fault], None]:
     def install(fault: Fault) -> None:
         from megagpt.train.batches import TrainBatches
@@ -66,10 +74,72 @@ def _in_loader(work: Callable[[Any], None]) -> Callable[[Fault], None]:
     return install
 
 
-def _in_eval(fault: Fault) -> None:
-    from megagpt.train.batches import ValidationBatches
+def _in_eval(work: Callable[[Any], None]) -> Callable[[Fault], None]:
+    def install(fault: Fault) -> None:
+        from megagpt.train.batches import ValidationBatches
 
-    before(ValidationBatches, "__iter__", fault, _sleep)
+        before(ValidationBatches, "__iter__", fault, work)
+
+    return install
+
+
+def _in_writer(work: Callable[[Any], None]) -> Callable[[Fault], None]:
+    """Before a file of a checkpoint is written, in whichever thread: one a save, two (the manifest) in rank 0."""
+
+    def install(fault: Fault) -> None:
+        from megagpt.checkpoint import fsio
+
+        before(fsio, "write_file", fault, work)
+
+    return install
+
+
+def _in_publish(fault: Fault) -> None:
+    """In what rank 0 does while the others wait for it."""
+    from megagpt.checkpoint.store import CheckpointStore
+
+    before(CheckpointStore, "publish", fault, _sleep)
+
+
+def _preempted(fault: Fault) -> None:
+    """The supervisor is asked to stop in a step; its disk is slow, and the next evaluation would last for ever."""
+    import psutil
+
+    def work(_: Any) -> None:
+        psutil.Process().parents()[2].terminate()  # above launch.py and deepspeed
+        time.sleep(2.0)  # the supervisor passes it on
+
+    _in_step(work)(fault)
+    _in_eval(_sleep)(Fault("", fault.rank, 2))  # the first one is that of step 0
+    _in_writer(lambda _: time.sleep(SLOW))(Fault("", fault.rank, 1))
+
+
+def _without_group(fault: Fault) -> None:
+    """A collective of the thread that writes fails: the first one after its file."""
+    import threading
+
+    def work(_: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            return
+        thread, original = threading.get_ident(), torch.distributed.all_gather_object
+
+        def changed(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == thread:
+                raise RuntimeError("Socket closed (put here by a test)")
+            return original(*args, **kwargs)
+
+        torch.distributed.all_gather_object = changed  # type: ignore[assignment]
+
+    _in_writer(work)(fault)
+
+
+def _without_beats(fault: Fault) -> None:
+    """The process works on, and nobody hears of it."""
+    from megagpt.train.beats import Beats
+
+    all_beats: list[Beats] = []
+    before(Beats, "__init__", Fault("", 0, 1), all_beats.append)
+    _in_loader(lambda _: [beats.close() for beats in all_beats] and None)(fault)
 
 
 def _in_save(fault: Fault) -> None:
@@ -247,13 +317,25 @@ def _damages_the_newest(fault: Fault) -> None:
 
 FAULTS: dict[str, Callable[[Fault], None]] = {
     "sleeps in loader": _in_loader(_sleep),
-    "stopped": _in_loader(lambda _: os.kill(os.getpid(), signal.SIGSTOP)),
+    "stopped": _in_loader(_stop),
     "killed": _in_loader(lambda _: os.kill(os.getpid(), signal.SIGKILL)),
     "raises": _in_loader(lambda _: 1 / 0),
     "holds the interpreter": _in_loader(lambda _: ctypes.PyDLL(None).sleep(int(FOREVER))),
     "sleeps in step": _in_step(_sleep),
-    "sleeps in eval": _in_eval,
+    "sleeps in eval": _in_eval(_sleep),
+    "asked to stop in eval": _in_eval(lambda _: os.kill(os.getpid(), signal.SIGTERM)),
+    "asked to stop in step": _in_step(lambda _: os.kill(os.getpid(), signal.SIGTERM)),
+    "stopped in eval": _in_eval(_stop),
+    "killed in eval": _in_eval(lambda _: os.kill(os.getpid(), signal.SIGKILL)),
     "sleeps in save": _in_save,
+    "sleeps in writer": _in_writer(_sleep),
+    "stopped in writer": _in_writer(_stop),
+    "killed in writer": _in_writer(lambda _: os.kill(os.getpid(), signal.SIGKILL)),
+    "preempted": _preempted,
+    "sleeps in publish": _in_publish,
+    "loses the group of saves": _without_group,
+    "gives no sign of life": _without_beats,
+    "slow steps": _in_step(lambda _: time.sleep(0.05)),
     "nan gradient": _in_step(_bad_gradient(float("nan"))),
     "inf gradient": _in_step(_bad_gradient(float("inf"))),
     "inf weight": _in_step(_bad_weight),

@@ -43,6 +43,22 @@ sys.exit(supervisor.run())
 """
 
 
+def supervise(tmp_path, kind, world_size, rank, at, words):
+    """A run under a supervisor; a rank has a fault once. Exit code and the log's end."""
+    script, program, log = tmp_path / "faulty.py", tmp_path / "supervise.py", tmp_path / "log"
+    happened = str(tmp_path / "happened.")
+    script.write_text(FAULTY.format(root=str(ROOT), kind=kind, rank=rank, at=at, happened=happened))
+    program.write_text(textwrap.dedent(SUPERVISED))
+    port = str(20_000 + os.getpid() % 20_000)
+    launcher = [str(LAUNCHER), "--num_accelerators", str(world_size), "--master_port", port, str(script)]
+    with log.open("wb") as out:
+        done = subprocess.run(
+            [sys.executable, str(program), str(tmp_path / "run"), *launcher, *words],
+            stdout=out, stderr=subprocess.STDOUT, check=False, cwd=ROOT,
+        )  # fmt: skip
+    return done.returncode, log.read_text()[-5000:]
+
+
 @pytest.mark.parametrize(
     ("kind", "world_size", "rank", "at", "layout"),
     [
@@ -52,6 +68,12 @@ sys.exit(supervisor.run())
         ("sleeps in step", 4, 3, 6, ["parallel.pipeline=2", "parallel.tensor=2"]),
         ("sleeps in eval", 2, 0, 2, []),
         ("sleeps in save", 2, 1, 3, []),
+        ("sleeps in writer", 2, 1, 2, []),
+        ("killed in eval", 2, 1, 2, []),
+        ("stopped in eval", 2, 0, 2, ["parallel.zero_stage=3"]),
+        ("killed in writer", 2, 1, 2, []),
+        ("stopped in writer", 2, 1, 2, []),
+        ("killed in writer", 2, 0, 3, ["checkpoint.asynchronous=false"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -60,18 +82,8 @@ def test_the_run_ends_as_a_calm_one(kind, world_size, rank, at, layout, tmp_path
     usual += [f"train.max_steps={STEPS}", "model.dropout=0.1", *layout]
     words = run_words(tmp_path / "run", tokens, *usual)
     deadlines = [f"watch.{phase}_seconds=6" for phase in ("step", "eval", "save")]
-    script, supervise, log = tmp_path / "faulty.py", tmp_path / "supervise.py", tmp_path / "log"
-    happened = str(tmp_path / "happened.")
-    script.write_text(FAULTY.format(root=str(ROOT), kind=kind, rank=rank, at=at, happened=happened))
-    supervise.write_text(textwrap.dedent(SUPERVISED))
-    port = str(20_000 + os.getpid() % 20_000)
-    launcher = [str(LAUNCHER), "--num_accelerators", str(world_size), "--master_port", port, str(script)]
-    with log.open("wb") as out:
-        done = subprocess.run(
-            [sys.executable, str(supervise), str(tmp_path / "run"), *launcher, *words, *deadlines],
-            stdout=out, stderr=subprocess.STDOUT, check=False, cwd=ROOT,
-        )  # fmt: skip
-    assert done.returncode == 0, log.read_text()[-5000:]
+    code, told = supervise(tmp_path, kind, world_size, rank, at, [*words, *deadlines])
+    assert code == 0, told
     calm = start(train_command, world_size, run_words(tmp_path / "calm", tokens, *usual), log=tmp_path / "calm.log")
     calm.finish()
     assert files_of(tmp_path / "run", STEPS) == files_of(tmp_path / "calm", STEPS)
@@ -82,6 +94,18 @@ def test_the_run_ends_as_a_calm_one(kind, world_size, rank, at, layout, tmp_path
     assert events[[event["event"] for event in events].index("hung")]["ranks"] == [rank]
     here = str(tmp_path)
     assert [one.pid for one in psutil.process_iter(["cmdline"]) if here in " ".join(one.info["cmdline"] or ())] == []
+
+
+def test_a_preemption_saves_that_step_before_an_evaluation_that_is_due(tmp_path, tokens, val_tokens):
+    """SIGTERM to the supervisor while step 4 is computed; the evaluation after it hangs, and the disk is slow."""
+    usual = [f"data.val={val_tokens}", "eval.every=4", "eval.sequences=8", "checkpoint.save_every=0"]
+    words = run_words(tmp_path / "run", tokens, *usual, f"train.max_steps={STEPS}", "log.progress=true")
+    code, told = supervise(tmp_path, "preempted", 2, 1, 4, words)
+    assert code == 0, told
+    assert published(tmp_path / "run") == [4]
+    assert "step 4: validation left out because of the stop" in told
+    events = [json.loads(line)["event"] for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert events == ["started", "saved", "stopped"]
 
 
 @pytest.mark.parametrize("killed", ["deepspeed.launcher.launch", "bin/deepspeed"])

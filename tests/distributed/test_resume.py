@@ -13,6 +13,7 @@ import pytest
 
 from megagpt.checkpoint.store import CheckpointStore, verify_checkpoint
 from megagpt.data.indexed import TokenFileWriter
+from tests.distributed.faults import Fault, train_with_fault
 from tests.distributed.processes import start, train_command
 from tests.distributed.runs import metric_rows as rows
 from tests.distributed.runs import step_dir
@@ -135,6 +136,25 @@ def test_sigterm_saves_exits_0_and_the_same_command_goes_on(tmp_path, command):
     assert [event["event"] for event in events] == ["started", "saved", "stopped", "resumed", "saved", "finished"]
     assert events[3]["changed"] == {"optim.warmup_steps": [3, 1], "train.max_steps": [100, stopped_at + 2]}
     assert "changed since the checkpoint: optim.warmup_steps from 3 to 1" in (tmp_path / "log2").read_text()
+
+
+@pytest.mark.parametrize("layout", [[], pytest.param(["parallel.pipeline=2"], marks=pytest.mark.exhaustive)])
+def test_a_stop_saves_that_very_step_and_before_any_evaluation(layout, tmp_path, command):
+    """The signal comes while step 4 is computed, after which an evaluation is due."""
+    run_dir = tmp_path / "run"
+    words = command(run_dir, "checkpoint.save_every=0", "log.progress=true", *layout)
+    stopped = start(train_with_fault, 2, words, Fault("asked to stop in step", 1, 4), log=tmp_path / "log").finish()
+    assert published(run_dir) == [4]
+    assert [row["step"] for row in rows(run_dir) if "val_loss" in row] == [0]
+    assert "asked to stop: saved at step 4; the same command goes on from there" in stopped
+    assert "step 4: validation left out because of the stop" in stopped
+    words = [*words, "train.max_steps=8"]
+    ended = start(train_with_fault, 2, words, Fault("asked to stop in step", 1, 4), log=tmp_path / "log2").finish()
+    assert published(run_dir) == [4, 8]
+    assert "asked to stop: saved at step 8, the last one" in ended
+    assert [row["step"] for row in rows(run_dir) if "val_loss" in row] == [0, 8], "it cannot be made up for later"
+    events = [json.loads(line)["event"] for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    assert events == ["started", "saved", "stopped", "resumed", "saved", "finished"]
 
 
 def test_a_complete_run_started_again_does_nothing(finished, command):

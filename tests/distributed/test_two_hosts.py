@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import time
 
 import pytest
 
@@ -34,17 +35,18 @@ def through_pdsh(hosts, slots, words):
     return hosts.run("deepspeed", "--hostfile", str(hosts.write_hostfile(slots)), PROGRAM, *words)
 
 
+def command_on(hosts, slots, node_rank, words):
+    """The launcher of one host."""
+    hostfile, address = hosts.write_hostfile(slots), hosts.addresses["alpha"]
+    variables = ["env", f"PYTHONPATH={ROOT}", *(hosts.folder / ".deepspeed_env").read_text().split()]
+    local = ["--hostfile", str(hostfile), "--no_ssh", "--master_addr", address, "--node_rank", node_rank]
+    return [*variables, str(BIN / "deepspeed"), *local, PROGRAM, *words]
+
+
 def through_ssh(hosts, slots, words):
     """The launcher on every host, without pdsh: what a scheduler does."""
-    hostfile, address = hosts.write_hostfile(slots), hosts.addresses["alpha"]
-    local = ["--hostfile", str(hostfile), "--no_ssh", "--master_addr", address]
-    variables = ["env", f"PYTHONPATH={ROOT}", *(hosts.folder / ".deepspeed_env").read_text().split()]
-
-    def command(node_rank):
-        return [*variables, str(BIN / "deepspeed"), *local, "--node_rank", node_rank, PROGRAM, *words]
-
-    second = hosts.start("ssh", "beta", f"cd {hosts.folder} && {shlex.join(command('1'))}")
-    code, out = hosts.run(*command("0"))
+    second = hosts.start("ssh", "beta", f"cd {hosts.folder} && {shlex.join(command_on(hosts, slots, '1', words))}")
+    code, out = hosts.run(*command_on(hosts, slots, "0", words))
     second_out, _ = second.communicate(timeout=60)
     return max(code, second.returncode), out + second_out
 
@@ -105,6 +107,38 @@ def test_a_run_goes_on_without_the_host_that_is_gone(hosts, tmp_path, tokens):
     assert [row["step"] for row in found] == list(range(1, 121))
     for row, other in zip(expected, found, strict=True):
         assert other == pytest.approx(row, rel=1e-4)
+
+
+@exhaustive
+def test_a_host_whose_network_is_gone_is_named_and_both_sides_end(hosts, tmp_path, tokens):
+    """No process dies and no connection is reset, so that nobody hears of it; a step's deadline would be minutes."""
+    run_dir = tmp_path / "run"
+    words = run_words(run_dir, tokens, "train.max_steps=1000000", "watch.silent_seconds=5", "watch.step_seconds=600")
+    commands = {name: command_on(hosts, 2, str(node), words) for node, name in enumerate(hosts.addresses)}
+    launchers = {name: hosts.start(*command, on=name, named=True) for name, command in commands.items()}
+    try:
+        wait_until(lambda: (run_dir / "metrics.jsonl").exists() and len(rows(run_dir)) > 5)
+        hosts.cut("beta")
+        began = time.monotonic()
+        outputs = {name: launcher.communicate(timeout=120)[0] for name, launcher in launchers.items()}
+        seconds = time.monotonic() - began
+    finally:
+        hosts.mend("beta")
+        for launcher in launchers.values():
+            launcher.kill()
+    assert {name: launcher.returncode for name, launcher in launchers.items()} == {"alpha": 4, "beta": 4}, outputs
+    assert seconds < 60, outputs
+    history = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    hung = {tuple(event["ranks"]): event["reason"] for event in history if event["event"] == "hung"}
+    assert hung.keys() == {(0, 1), (2, 3)}, "each side names the other"
+    assert "rank 2 has given no sign of life for " in hung[2, 3]
+    assert "the store of the process group" in hung[0, 1]
+    assert all("watch.silent_seconds" in reason for reason in hung.values())
+    assert "rank 2 (beta, pid " in outputs["alpha"]
+    assert "rank 0 (alpha, pid " in outputs["beta"]
+    for name in hosts.addresses:
+        left = [process for process in hosts.processes(name) if any("pretrain" in word for word in process.cmdline())]
+        assert left == []
 
 
 def doctor(hosts, *words):

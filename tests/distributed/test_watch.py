@@ -102,6 +102,87 @@ def test_a_rank_that_hangs_is_named_and_all_end(kind, world_size, rank, at, layo
 
 
 @pytest.mark.parametrize(
+    ("kind", "rank", "mode"),
+    [
+        ("sleeps in writer", 1, "true"),
+        *(
+            pytest.param(*row, marks=pytest.mark.exhaustive)
+            for row in [("sleeps in writer", 0, "true"), ("sleeps in publish", 0, "true"),
+                        ("sleeps in writer", 1, "false"), ("sleeps in publish", 0, "false")]
+        ),
+    ],
+)  # fmt: skip
+def test_a_rank_whose_save_hangs_is_named_while_training_goes_on(kind, rank, mode, words, tmp_path):
+    """Steps of 0.05 s, saves after 100 of them, 3 s for a save: the next one would wait for it too late."""
+    command = words("checkpoint.save_every=100", "eval.every=0", f"checkpoint.asynchronous={mode}")
+    slow = Fault("slow steps", -1, 95)
+    codes, output, _, run_dir = run_until_found(command, 2, tmp_path / "log", slow, Fault(kind, rank, 1))
+    assert codes == [HUNG, HUNG], output
+    event = hung_event(run_dir)
+    assert event["ranks"] == [rank]
+    assert event["reason"].startswith("save at step 100 is not ")
+    assert "watch.save_seconds" in event["reason"]
+    assert f"rank {rank} (" in event["verdict"]
+    assert "did not arrive: " + ("writing, at " if mode == "true" else "save at step 100 (writing), at ") in output
+    assert "checkpoint/save.py" in event["verdict"]
+    assert event["step"] in (range(101, 200) if mode == "true" else [100]), output
+    assert published(run_dir) == []
+    found = stacks(run_dir)
+    assert sorted(found) == [0, 1]
+    assert "faults.py" in found[rank]
+
+
+@pytest.mark.exhaustive
+def test_a_save_that_cannot_be_agreed_on_ends_all_ranks(words, tmp_path):
+    """The collectives of the thread fail on one rank: the others would wait for it for half an hour."""
+    command = words("watch.save_seconds=200", "watch.step_seconds=200", "checkpoint.retry_after=0")
+    fault = Fault("loses the group of saves", 1, 1)
+    codes, output, seconds, run_dir = run_until_found(command, 2, tmp_path / "log", fault)
+    assert codes == [HUNG, HUNG], output
+    assert seconds < 20, output
+    event = hung_event(run_dir)
+    assert event["reason"].startswith("save at step 3: the ranks cannot agree on it any more")
+    assert event["ranks"] == [1]
+    assert "Socket closed (put here by a test)" in output
+    assert published(run_dir) == []
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_gives_no_sign_of_life_is_named_long_before_a_deadline(rank, words, tmp_path):
+    fault = Fault("gives no sign of life", rank, 20)
+    command = words("watch.silent_seconds=4", "watch.step_seconds=100", "checkpoint.save_every=0", "eval.every=0")
+    slow = Fault("slow steps", -1, 20)
+    codes, output, _, run_dir = run_until_found(command, 2, tmp_path / "log", slow, fault)
+    assert codes == [HUNG, HUNG], output
+    events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    event, *_ = [event for event in events if event["event"] == "hung"]  # that rank hears nothing, and tells for itself
+    assert f"rank {rank} has given no sign of life for " in event["reason"]
+    assert "(limit 4 s, watch.silent_seconds)" in event["reason"]
+    assert event["ranks"] == [rank]
+    assert 25 < event["step"] < 1000, "not at once, and not at the end"
+
+
+@pytest.mark.exhaustive
+def test_signs_of_life_are_not_waited_for_where_that_is_asked_for(words, tmp_path):
+    fault = Fault("gives no sign of life", 1, 20)
+    command = words("watch.silent_seconds=0", "checkpoint.save_every=0", "train.max_steps=150", "eval.every=0")
+    start(train_with_fault, 2, command, Fault("slow steps", -1, 20), fault, log=tmp_path / "log").finish()
+
+
+@pytest.mark.exhaustive
+def test_a_stopped_rank_is_named_without_a_deadline(words, tmp_path):
+    """Nor does a collective that waits for it end the run."""
+    command = words("watch.silent_seconds=5", "watch.step_seconds=100")
+    codes, output, seconds, run_dir = run_until_found(command, 2, tmp_path / "log", Fault("stopped", 1, 6))
+    assert codes == [HUNG, -9], output
+    assert seconds < 30, output
+    event = hung_event(run_dir)
+    assert event["ranks"] == [1]
+    assert event["reason"].startswith("rank 1 has given no sign of life for ")
+
+
+@pytest.mark.parametrize(
     ("world_size", "rank"),
     [(2, 1), pytest.param(3, 0, marks=pytest.mark.exhaustive), pytest.param(4, 2, marks=pytest.mark.exhaustive)],
 )
@@ -130,6 +211,29 @@ def test_a_killed_rank_ends_all_within_five_seconds(world_size, rank, words, tmp
     assert "has died" in output
     assert hung_event(run_dir)["ranks"] == [rank]
     assert "Traceback" not in output
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("mode", ["true", "false"])
+@pytest.mark.parametrize(
+    ("kind", "rank", "at"),
+    [("killed in eval", 1, 2), ("stopped in eval", 0, 2), ("killed in writer", 1, 1), ("killed in writer", 0, 1),
+     ("stopped in writer", 1, 1), ("stopped in writer", 0, 1)],
+)  # fmt: skip
+def test_a_rank_that_is_stopped_or_killed_in_an_evaluation_or_a_save(kind, rank, at, mode, words, tmp_path):
+    """Evaluations at steps 0 and 4, the first save at step 3."""
+    if "eval" in kind and mode == "false":
+        pytest.skip("no save is under way there")
+    fault = Fault(kind, rank, at)
+    found = run_until_found(words(f"checkpoint.asynchronous={mode}"), 2, tmp_path / "log", fault)
+    codes, output, seconds, run_dir = found
+    assert codes == [-9 if each == rank else HUNG for each in range(2)], output
+    assert seconds < DEADLINE + LEEWAY, output
+    assert hung_event(run_dir)["ranks"] == [rank]
+    assert ("has died" if "killed" in kind else "is stopped by a signal") in output
+    for step in published(run_dir):
+        verify_checkpoint(step_dir(run_dir, step))
+    assert not any(step >= 3 for step in published(run_dir)) or "eval" in kind
 
 
 @pytest.mark.exhaustive

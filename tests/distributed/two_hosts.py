@@ -101,8 +101,17 @@ class TwoHosts:
         path.write_text("".join(f"{name} slots={slots}\n" for name in self.addresses))
         return path
 
-    def start(self, *command: str, on: str = "alpha") -> subprocess.Popen[str]:
-        """A command on a host, in the folder, as a person who is logged in there starts it."""
+    def start(self, *command: str, on: str = "alpha", named: bool = False) -> subprocess.Popen[str]:
+        """A command on a host, in the folder, as a person who is logged in there starts it.
+
+        Args:
+            command: its words.
+            on: the host.
+            named: the host has its name also for those that ask the system; else both have the machine's, and their
+                processes take each other for neighbours.
+        """
+        if named:
+            command = ("unshare", "--uts", "sh", "-c", f'hostname {on} && exec "$@"', "sh", *command)
         environment = os.environ | {
             "PATH": os.pathsep.join([str(self.folder / "bin"), str(BIN), os.environ["PATH"]]),
             "PYTHONPATH": str(ROOT),
@@ -148,6 +157,14 @@ class TwoHosts:
         self._sshd[name].terminate()
         self._sshd.pop(name).wait()
         (self.folder / f"sshd_{name}.log").unlink(missing_ok=True)
+
+    def cut(self, name: str) -> None:
+        """Its cable is pulled: nothing says so to whoever is connected, on either side."""
+        run("ip", "-n", self._namespaces[name], "link", "set", "eth0", "down")
+
+    def mend(self, name: str) -> None:
+        """The cable is back."""
+        run("ip", "-n", self._namespaces[name], "link", "set", "eth0", "up")
 
     def _log(self, name: str) -> str:
         path = self.folder / f"sshd_{name}.log"

@@ -15,7 +15,8 @@ import psutil
 import pytest
 
 from megagpt.errors import ConfigError, RunBusy, SystemFailed
-from megagpt.supervise.supervisor import STOPPED, Patience, Supervisor, cause_of, processes_of
+from megagpt.supervise.leftovers import processes_of, save_grace
+from megagpt.supervise.supervisor import STOPPED, Patience, Supervisor, cause_of
 from megagpt.train.stop import ASKED, LAUNCHER_GONE
 
 LAST_STEP = 90
@@ -41,12 +42,34 @@ if "leave" in do:
     if do["leave"] == "stopped":
         left.send_signal(signal.SIGSTOP)
     (folder / "left").write_text(str(left.pid))
+if "rank" in do:
+    words = [sys.executable, str(folder / "rank.py"), str(folder), *map(str, do["rank"])]
+    left = subprocess.Popen([*words, "--local_rank=0"])
+    (folder / "left").write_text(str(left.pid))
 if "wait" in do:
     (folder / "waits").touch()
     time.sleep(do["wait"])
 if "signal" in do:
     os.kill(os.getpid(), do["signal"])
 sys.exit(do["code"])
+"""
+
+
+# A rank: its file grows by so many pieces, then nothing is seen for so many seconds, then the checkpoint is there.
+RANK = """
+import sys, time
+from pathlib import Path
+folder, pieces, seconds = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+staging = folder / "run" / "checkpoints" / "step_00000007.tmp"
+staging.mkdir(parents=True)
+(folder / "waits").touch()
+for _ in range(pieces):
+    with (staging / "rank").open("ab") as file:
+        file.write(b"x" * 1000)
+    time.sleep(0.5)
+time.sleep(seconds)
+(staging / "manifest.json").touch()
+staging.rename(staging.with_suffix(""))
 """
 
 
@@ -57,9 +80,10 @@ DONE = {"save": LAST_STEP, "code": 0}
 def supervised(tmp_path):
     """Run a plan; exit code, starts, what was said, events."""
 
-    def run(*plan, restarts=2, command=None, heard=None):
+    def run(*plan, restarts=2, grace=0.3, command=None, heard=None):
         (tmp_path / "run").mkdir(exist_ok=True)
         (tmp_path / "plan.json").write_text(json.dumps(plan))
+        (tmp_path / "rank.py").write_text(RANK)
         said: list[str] = []
         words = [sys.executable, "-c", LAUNCHER, str(tmp_path)]
 
@@ -74,7 +98,7 @@ def supervised(tmp_path):
                 tmp_path / "run",
                 lambda: command(words) if command is not None else words,
                 os.environ,
-                Patience(restarts, first_wait_seconds=0.01, grace_seconds=0.3),
+                Patience(restarts, first_wait_seconds=0.01, grace_seconds=grace),
                 say,
                 LAST_STEP,
             ).run()
@@ -226,6 +250,47 @@ def test_nothing_of_a_failed_start_is_left_when_the_next_one_comes(state, superv
     pid = int((tmp_path / "left").read_text())
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     assert f"killing 1 processes that the launcher left behind: [{pid}]" in said
+
+
+def ask_to_stop(tmp_path, number=signal.SIGTERM):
+    until = time.monotonic() + 30
+    while not (tmp_path / "waits").exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    os.kill(os.getpid(), number)
+
+
+def test_a_rank_that_still_saves_after_a_stop_is_let_finish(supervised, tmp_path):
+    """Its save takes longer than the grace, which counts anew while its file grows."""
+    threading.Thread(target=ask_to_stop, args=(tmp_path,)).start()
+    code, starts, said, _ = supervised({"rank": [14, 0], "wait": 60, "code": 0}, grace=3)
+    assert (code, starts) == (0, 1), said
+    assert (tmp_path / "run" / "checkpoints" / "step_00000007").is_dir()
+    assert "waiting for 1 processes to save and end; killed after 3 s without progress" in said
+
+
+@pytest.mark.exhaustive
+def test_a_rank_whose_save_does_not_get_on_is_killed(supervised, tmp_path):
+    threading.Thread(target=ask_to_stop, args=(tmp_path,)).start()
+    code, starts, said, _ = supervised({"rank": [1, 600], "wait": 60, "code": 0}, grace=3)
+    assert (code, starts) == (STOPPED, 1)
+    assert f"killing 1 processes that the launcher left behind: [{(tmp_path / 'left').read_text()}]" in said
+
+
+def test_a_second_ctrl_c_waits_no_longer(supervised, tmp_path):
+    def ask_twice():
+        ask_to_stop(tmp_path, signal.SIGINT)
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=ask_twice).start()
+    began = time.monotonic()
+    assert supervised({"rank": [1, 600], "wait": 60, "code": 0}, grace=500)[0] == STOPPED
+    assert time.monotonic() - began < 60
+
+
+def test_ranks_may_save_as_long_as_their_own_watch_lets_them():
+    assert save_grace(1800) == 2100
+    assert save_grace(0) == float("inf")
 
 
 @pytest.mark.parametrize(("saves", "expected"), [(True, 0), (False, STOPPED)])

@@ -1,9 +1,16 @@
 """Which process this is under srun, mpirun, another launcher, or none; the variables are those of real starts."""
 
-import pytest
+import os
+import subprocess
+import sys
+from pathlib import Path
 
+import pytest
+import torch
+
+from megagpt.config.schema import WatchSection
 from megagpt.errors import ConfigError
-from megagpt.train.environment import check_rendezvous, name_process
+from megagpt.train.environment import NCCL_SETTINGS, check_rendezvous, let_the_watch_speak, name_process
 
 SRUN = {
     "SLURM_PROCID": "9",
@@ -84,3 +91,46 @@ def test_no_launcher_is_one_process_that_takes_any_free_port():
 def test_a_launcher_that_names_ranks_is_left_alone():
     """Also inside a Slurm step: `srun deepspeed --no_ssh ...`."""
     assert named(SRUN | {"RANK": "0", "WORLD_SIZE": "2"}) == {}
+
+
+def test_nccl_gives_up_after_the_watch_and_as_the_user_says():
+    environment = {"TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "99", "RANK": "1"}
+    let_the_watch_speak(environment)
+    expected = {"TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "99", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3", "RANK": "1"}
+    assert environment == expected
+    longest = max(WatchSection().startup_seconds, WatchSection().save_seconds, WatchSection().eval_seconds)
+    assert int(NCCL_SETTINGS["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"]) > 10 * longest
+
+
+@pytest.mark.parametrize("name", NCCL_SETTINGS)
+def test_the_installed_torch_has_these_settings(name):
+    """A name that it does not read would change nothing, without a word."""
+    header = Path(torch.__file__).parent / "include/torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp"
+    assert f'"{name}"' in header.read_text()
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "launch/pretrain.py",
+        pytest.param("launch/evaluate.py", marks=pytest.mark.exhaustive),
+        pytest.param("megagpt/train/__main__.py", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_every_program_that_is_watched_sets_them_first(program, tmp_path):
+    """Seen in its own process, in the place of what it would start."""
+    root = Path(__file__).resolve().parents[2]
+    code = (
+        "import os, runpy, sys\n"
+        "import megagpt.cli, megagpt.train.run as run\n"
+        "def shown(*_, **__):\n"
+        "    print('seen', os.environ.get('TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC'))\n"
+        "    sys.stdout.flush()\n"
+        "    os._exit(0)\n"
+        "run.main = shown\n"
+        "megagpt.cli.main.main = shown\n"
+        f"runpy.run_path({str(root / program)!r}, run_name='__main__')\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCH_NCCL")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
+    assert f"seen {NCCL_SETTINGS['TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC']}" in done.stdout, done.stderr

@@ -10,7 +10,7 @@ import pytest
 
 from megagpt.config.schema import WatchSection
 from megagpt.errors import TrainingHung
-from megagpt.train.watch import STEP_FLOOR_SECONDS, Watch, collective_timeout
+from megagpt.train.watch import STEP_FLOOR_SECONDS, Watch, collective_timeout, save_timeout
 
 
 def watching(tmp_path, **settings):
@@ -86,3 +86,48 @@ def test_the_process_group_gives_up_after_every_deadline():
     assert collective_timeout(WatchSection(), usual) == timedelta(seconds=1860)
     assert collective_timeout(WatchSection(save_seconds=7200), usual) == timedelta(seconds=7260)
     assert collective_timeout(WatchSection(eval_seconds=0), usual) > timedelta(days=1)
+
+
+def test_the_group_of_saves_gives_up_after_their_deadline_and_never_without_one():
+    assert save_timeout(WatchSection()) == timedelta(seconds=1860)
+    assert save_timeout(WatchSection(save_seconds=7200)) == timedelta(seconds=7260)
+    assert save_timeout(WatchSection(save_seconds=0)) > timedelta(days=1)
+
+
+def test_a_thread_that_writes_past_its_deadline_ends_the_process_though_the_main_one_goes_on(tmp_path, capsys):
+    ended, codes = threading.Event(), []
+
+    def end(code):
+        codes.append(code)
+        ended.set()
+
+    def write(watch):
+        with watch.writing(40):
+            ended.wait(20)
+
+    (tmp_path / "run").mkdir()
+    with Watch(WatchSection(save_seconds=0.6), tmp_path / "run", 0, end=end) as watch:
+        thread = threading.Thread(target=write, args=(watch,))
+        thread.start()
+        step, until = 40, time.monotonic() + 15
+        while not ended.is_set() and time.monotonic() < until:
+            step += 1
+            watch.enter("step", step)
+            time.sleep(0.02)
+        thread.join()
+    assert codes[0] == TrainingHung.exit_code
+    told = capsys.readouterr().err
+    assert "error: save at step 40 is not written after " in told
+    assert "(limit 1 s, watch.save_seconds)" in told
+    assert "rank 0 did not arrive: writing, at " in told
+
+
+def test_a_save_that_is_written_in_time_and_one_without_a_deadline_end_nothing(tmp_path):
+    codes: list[int] = []
+    for settings in (WatchSection(save_seconds=30), WatchSection(save_seconds=0)):
+        with Watch(settings, tmp_path / "run", 0, end=codes.append) as watch:
+            with watch.writing(40):
+                time.sleep(0.7)
+            watch.enter("step", 41)
+            time.sleep(0.6)
+    assert codes == []
