@@ -56,10 +56,11 @@ def checkpoint_reshard(checkpoint: Path, run_dir: Path, configs: tuple[str, ...]
 def checkpoint_import_deepspeed(folder: Path, configs: tuple[str, ...], trusted: Path | None) -> None:
     """Make a run out of a checkpoint that DeepSpeed wrote.
 
-    FOLDER is what `save_checkpoint` wrote under ZeRO-1, 2 or 3, or a universal checkpoint. CONFIGS are those of
-    `megagpt train`, with the model's sizes and a new run.dir. Weights, both Adam moments, step counts and the loss
-    scale are taken; parameters have our names or those of Hugging Face's GPT-2, Llama or Qwen3. Pickles are read
-    without running what they hold.
+    FOLDER is what `save_checkpoint` wrote under ZeRO-1, 2 or 3, or ZeRO-0 in fp32 (whose moments have no names: they
+    are matched in the module's order and by shape), or a universal checkpoint. CONFIGS are those of `megagpt train`,
+    with the model's sizes and a new run.dir. Weights, both Adam moments, step counts and the loss scale are taken;
+    parameters have our names or those of Hugging Face's GPT-2, Llama or Qwen3. Pickles are read without running what
+    they hold.
     """
     from megagpt.checkpoint.deepspeed_import import import_deepspeed
     from megagpt.train.command import parse_arguments

@@ -123,6 +123,9 @@ class _Silent:
         if "cause" in details:
             raise OSError(f"{name} at step {step}: {details['cause']}")
 
+    def make_durable(self) -> None:
+        """There are no rows."""
+
 
 def _state(n_bytes: int, device: torch.device) -> list[TensorSlice]:
     """An embedding of a quarter, blocks of four matrices and four vectors."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,14 @@ import torch
 from torch import Tensor
 
 from megagpt import __version__
-from megagpt.atomic import write_file
+from megagpt.checkpoint import fsio
 from megagpt.checkpoint.gguf_import import import_gguf
 from megagpt.checkpoint.gguf_tokenizer import rebuild_tokenizer
 from megagpt.checkpoint.hf import export_hf, import_hf
 from megagpt.checkpoint.open import CHECKPOINTS, open_checkpoint
-from megagpt.checkpoint.save import Identity, save_checkpoint
-from megagpt.checkpoint.store import CheckpointStore
-from megagpt.checkpoint.tensors import MOMENTS, WEIGHT, TensorSlice
+from megagpt.checkpoint.rewrite import Writer, new_store, publish_alone
+from megagpt.checkpoint.store import CheckpointStore, FileEntry, Manifest
+from megagpt.checkpoint.tensors import MOMENTS, WEIGHT, RankFile, TensorSlice, rank_file, write_slices
 from megagpt.config.load import dump_config
 from megagpt.config.schema import (
     DataSection,
@@ -32,7 +33,6 @@ from megagpt.config.schema import (
 )
 from megagpt.errors import CheckpointError
 from megagpt.model.build import build_model
-from megagpt.parallel.mesh import Mesh
 from megagpt.tokenizer import HFTokenizer, Tokenizer, open_tokenizer
 
 
@@ -60,7 +60,7 @@ def hf_to_checkpoint(folder: Path, run_dir: Path) -> str:
     Returns:
         a sentence for the user.
     """
-    _check_empty(run_dir)
+    new_store(run_dir)
     model, state = import_hf(folder)
     tokenizer_file = folder / "tokenizer.json"
     has_file = tokenizer_file.exists()
@@ -80,7 +80,7 @@ def gguf_to_checkpoint(file: Path, run_dir: Path, tokenizer: str | None = None) 
     Returns:
         a sentence for the user.
     """
-    _check_empty(run_dir)
+    new_store(run_dir)
     model, state, header = import_gguf(file)
     if tokenizer is not None:
         opened = open_tokenizer(tokenizer)
@@ -101,12 +101,6 @@ def _left_out(metadata: Mapping[str, Any], tokenizer: Tokenizer) -> Iterator[str
         yield "its chat template is not taken over"
 
 
-def _check_empty(run_dir: Path) -> None:
-    folder = run_dir / CHECKPOINTS
-    if CheckpointStore(folder).steps():
-        raise CheckpointError(f"{folder} holds checkpoints already; name another folder")
-
-
 def _save_step_0(
     run_dir: Path, model: GPT2Model | LlamaModel, state: Mapping[str, Tensor], tokenizer: Tokenizer | None
 ) -> None:
@@ -116,15 +110,25 @@ def _save_step_0(
             "give the model's own"
         )
     config = _described_run(model, run_dir)
-    with tempfile.TemporaryDirectory() as folder:
-        save_checkpoint(
-            CheckpointStore(run_dir / CHECKPOINTS),
-            Mesh(rank=0, world_size=1, local_rank=0, device=torch.device("cpu")),
-            _whole_slices(model, state),
-            {"step": 0, "tokens": 0, "skipped_steps": 0, "engine": {"adam_step": 0}},
-            _identity(config, tokenizer, (tokenizer.save(Path(folder)),) if tokenizer is not None else ()),
-        )
-    write_file(run_dir / "config.yaml", dump_config(config).encode())
+    slices = _whole_slices(model, state)
+    writers: dict[str, Writer] = {rank_file(0): partial(write_slices, slices=slices)}
+    publish_alone(
+        CheckpointStore(run_dir / CHECKPOINTS),
+        0,
+        writers | (_tokenizer_writers(tokenizer) if tokenizer is not None else {}),
+        partial(_manifest, config, tokenizer),
+        RankFile.of(slices).n_bytes,
+        {"config.yaml": dump_config(config).encode()},
+    )
+
+
+def _tokenizer_writers(tokenizer: Tokenizer) -> dict[str, Writer]:
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            file = tokenizer.save(Path(folder))
+            return {file.name: partial(fsio.write_file, chunks=[file.read_bytes()])}
+    except OSError as error:
+        raise CheckpointError(f"{tempfile.gettempdir()}: the tokenizer cannot be written: {error}") from None
 
 
 def _whole_slices(config: GPT2Model | LlamaModel, state: Mapping[str, Tensor]) -> list[TensorSlice]:
@@ -156,11 +160,13 @@ def _described_run(model: GPT2Model | LlamaModel, run_dir: Path) -> TrainingRun:
     )
 
 
-def _identity(config: TrainingRun, tokenizer: Tokenizer | None, files: tuple[Path, ...]) -> Identity:
-    return Identity(
+def _manifest(config: TrainingRun, tokenizer: Tokenizer | None, written: Mapping[str, FileEntry]) -> Manifest:
+    return Manifest(
+        step=0,
+        files=written,
+        state={"step": 0, "tokens": 0, "skipped_steps": 0, "engine": {"adam_step": 0}},
         config=json.loads(config.model_dump_json()),
         data_fingerprint=None,
         tokenizer=tokenizer.describe() if tokenizer is not None else None,
-        tokenizer_files=files,
         versions={"megagpt": __version__},
     )

@@ -1,4 +1,4 @@
-"""What DeepSpeed's own checkpoints hold, tensor by tensor: those of ZeRO-1 to 3, and universal ones.
+"""What DeepSpeed's own checkpoints hold, tensor by tensor: those of ZeRO-0 (fp32) to 3, and universal ones.
 
 They are pickles, and a pickle can run any code when it is read. So they are read without running any: PyTorch's
 restricted unpickler makes tensors and plain values, and for the few classes of DeepSpeed's that stand in every such
@@ -119,8 +119,8 @@ def open_deepspeed(folder: Path, *, trusted: bool = False) -> DeepSpeedFiles:
             what only a trusted folder may.
     """
     folder = _checkpoint_folder(folder)
-    reader = _universal if (folder / UNIVERSAL).is_dir() else _native
     try:
+        reader = _universal if (folder / UNIVERSAL).is_dir() else _native_reader(folder)
         return reader(folder, trusted=trusted)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise CheckpointError(
@@ -143,18 +143,29 @@ def _checkpoint_folder(folder: Path) -> Path:
     raise CheckpointError(f"{folder}: holds no *_optim_states.pt, no folder '{UNIVERSAL}' and no file 'latest'")
 
 
+def _native_reader(folder: Path) -> Callable[..., DeepSpeedFiles]:
+    """For what one process writes alone under ZeRO-0, or each of several under ZeRO-1 to 3."""
+    matches = [match for path in folder.iterdir() if (match := _OPTIMIZER_FILE.fullmatch(path.name))]
+    is_parallel = any(int(match[2]) for match in matches) or any(
+        any(folder.glob(files)) for files in ("layer_*model_states.pt", "mp_rank_*[1-9]_model_states.pt")
+    )
+    if is_parallel and matches:
+        raise CheckpointError(
+            f"{folder}: written with tensor or pipeline parallelism; make a universal checkpoint of it first "
+            "(python -m deepspeed.checkpoint.ds_to_universal --input_folder ... --output_folder ...) and import that"
+        )
+    if is_parallel:
+        raise CheckpointError(
+            f"{folder}: written with tensor or pipeline parallelism and without ZeRO, which DeepSpeed cannot make "
+            "universal; load it there with zero_optimization.stage 1, save, and import a universal checkpoint of that "
+            "(python -m deepspeed.checkpoint.ds_to_universal)"
+        )
+    return _native if matches else _unsharded
+
+
 def _optimizer_files(folder: Path) -> list[Path]:
     """One a data-parallel rank, in order."""
     matches = [(match, path) for path in folder.iterdir() if (match := _OPTIMIZER_FILE.fullmatch(path.name))]
-    if not matches:
-        raise CheckpointError(
-            f"{folder}: no zero_pp_rank_*_optim_states.pt: only checkpoints of ZeRO-1, 2 and 3 are read"
-        )
-    if any(int(match[2]) for match, _ in matches) or any(folder.glob("layer_*-model_*_model_states.pt")):
-        raise CheckpointError(
-            f"{folder}: written with tensor or pipeline parallelism; make a universal checkpoint of it first "
-            "(python -m deepspeed.checkpoint.ds_to_universal) and import that"
-        )
     by_rank = {int(match[1]): path for match, path in matches}
     missing = sorted(set(range(max(by_rank) + 1)) - by_rank.keys())
     if missing or len(by_rank) != len(matches):
@@ -245,6 +256,68 @@ def _check_native(folder: Path, states: Sequence[Mapping[str, Any]], model: Mapp
     if model.get("frozen_param_shapes"):
         frozen = next(iter(model["frozen_param_shapes"]))
         raise CheckpointError(f"{folder}: {frozen} was frozen, so that it has no optimizer state to go on with")
+
+
+def _unsharded(folder: Path, *, trusted: bool) -> DeepSpeedFiles:
+    """ZeRO-0 in fp32: one file with the module's tensors and the torch optimizer's own state."""
+    model = _load(folder / _MODEL, trusted=trusted)
+    optimizer = model["optimizer"]
+    if not isinstance(optimizer, dict) or not {"state", "param_groups"} <= optimizer.keys():
+        raise CheckpointError(
+            f"{folder / _MODEL}: no zero_pp_rank_*_optim_states.pt is beside it, and it holds no optimizer state of "
+            "fp32 training; of ZeRO-0 only that is read: save under ZeRO-1"
+        )
+    weights = _own_parameters(model)
+    for name, weight in weights.items():
+        if weight.dtype != torch.float32:
+            raise CheckpointError(f"{folder / _MODEL}: {name} is {weight.dtype}, not torch.float32: save under ZeRO-1")
+    moments = _moments_by_name(folder / _MODEL, weights, optimizer)
+
+    def pieces(name: str, kind: str) -> list[Tensor]:
+        found = weights[name] if kind == WEIGHT else moments.get(name, {}).get(kind)
+        return [] if found is None else [found]
+
+    steps = [_step_of(kept) for kept in optimizer["state"].values()]
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    return DeepSpeedFiles(folder, _counters(folder, model, steps, None), shapes, pieces)
+
+
+def _own_parameters(model: Mapping[str, Any]) -> dict[str, Tensor]:
+    """In the module's order; one that is tied to another has the other's place in the file, and is left out."""
+    found: dict[tuple[int, int, tuple[int, ...]], tuple[str, Tensor]] = {}
+    for name, tensor in model["module"].items():
+        if name not in (model.get("buffer_names") or ()):
+            place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
+            found.setdefault(place, (name, tensor))
+    return dict(found.values())
+
+
+def _moments_by_name(
+    path: Path, weights: Mapping[str, Tensor], optimizer: Mapping[str, Any]
+) -> dict[str, Mapping[str, Any]]:
+    """The optimizer numbers its parameters, group by group; a group has them in the module's order.
+
+    Raises:
+        CheckpointError: the shapes say otherwise, or do not say which group a parameter is of.
+    """
+    state, found = optimizer["state"], {}
+    if not state:
+        return {}
+    left = [[state[number] for number in group["params"]] for group in optimizer["param_groups"]]
+    if sum(map(len, left)) != len(weights):
+        raise CheckpointError(
+            f"{path}: {len(weights)} parameters, and optimizer state of {sum(map(len, left))}; it must be of all "
+            "of them"
+        )
+    for name, weight in weights.items():
+        fitting = [group for group in left if group and group[0][MOMENTS[0]].shape == weight.shape]
+        if len(fitting) != 1:
+            raise CheckpointError(
+                f"{path}: which moments are those of {name} cannot be told: they have numbers in place of names, and "
+                f"{len(fitting)} of {len(left)} groups come with its shape next; save under ZeRO-1"
+            )
+        found[name] = fitting[0].pop(0)
+    return found
 
 
 def _mapped_fragments(states: Sequence[Mapping[str, Any]]) -> dict[str, list[_Fragment]]:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from megagpt import __version__
-from megagpt.atomic import write_file
 from megagpt.checkpoint.deepspeed_files import Counters, DeepSpeedFiles, open_deepspeed
 from megagpt.checkpoint.hf import Entry, check_names, hf_entries, with_prefix
 from megagpt.checkpoint.rewrite import new_store, publish_alone
@@ -36,7 +35,8 @@ def import_deepspeed(folder: Path, config: TrainingRun, trusted: Path | None = N
     Training goes on from it under any layout, after as many steps; samples come as if all steps had been made here.
 
     Args:
-        folder: one checkpoint of DeepSpeed's (native of ZeRO-1 to 3, or universal), or the folder above it.
+        folder: one checkpoint of DeepSpeed's (native of ZeRO-1 to 3, of ZeRO-0 in fp32, or universal), or the folder
+            above it.
         config: of the run; its model must be the checkpoint's.
         trusted: the same folder again, where its pickles may run code.
 
@@ -64,8 +64,8 @@ def import_deepspeed(folder: Path, config: TrainingRun, trusted: Path | None = N
         {rank_file(0): partial(_write, extents, entries, files)},
         partial(_manifest, config, files.counters),
         sum(4 * len(KINDS) * extent.numel for extent in extents),
+        {"config.yaml": dump_config(config).encode()},
     )
-    write_file(run_dir / "config.yaml", dump_config(config).encode())
     return (
         f"{store.step_dir(manifest.step)}: {len(extents)} tensors after {files.counters.steps} steps of {files.folder} "
         f"(DeepSpeed {files.counters.deepspeed_version}); go on with {run_dir / 'config.yaml'}"

@@ -16,7 +16,7 @@ from typing import BinaryIO, Protocol
 
 import xxhash
 
-from megagpt.atomic import flush_folder, publish
+from megagpt.atomic import flush_folder, publish, temporary_name
 
 __all__ = [
     "Digest",
@@ -27,6 +27,7 @@ __all__ = [
     "open_regular",
     "publish",
     "remove_tree",
+    "replace_file",
     "write_file",
 ]
 
@@ -80,6 +81,14 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview], digest: Digest 
     finally:
         os.close(descriptor)
     return size, digest.hexdigest()
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, in place of an older one; what a kill left of a try before is removed."""
+    temporary = temporary_name(path)
+    temporary.unlink(missing_ok=True)
+    write_file(temporary, [content])
+    publish(temporary, path)
 
 
 def _pieces(chunks: Iterable[bytes | memoryview]) -> Iterator[memoryview]:

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megagpt.atomic import write_file
 from megagpt.checkpoint.open import Checkpoint, open_checkpoint, rank_files
 from megagpt.checkpoint.rewrite import Writer, copied, new_store, publish_alone
 from megagpt.checkpoint.tensors import SliceReader, rank_file, write_extents
@@ -75,16 +74,17 @@ def reshard(checkpoint: Path, run_dir: Path, world_size: int, words: Sequence[st
                 source, files=files, config={**source.config, "parallel": _plain(config)["parallel"]}
             ),
             sum(entry.bytes for entry in source.files.values()),
+            {"config.yaml": dump_config(config).encode(), **_history(opened.run_dir)},
         )
-    write_file(run_dir / "config.yaml", dump_config(config).encode())
-    for name in HISTORY:
-        if (opened.run_dir / name).is_file():
-            write_file(run_dir / name, (opened.run_dir / name).read_bytes())
     size = sum(entry.bytes for entry in manifest.files.values())
     return (
         f"{store.step_dir(manifest.step)}: step {manifest.step} of {opened.run_dir} as {world_size} processes write "
         f"it, {len(manifest.files)} files, {size / 2**20:,.1f} MiB; go on with run.dir={run_dir}"
     )
+
+
+def _history(run_dir: Path) -> dict[str, bytes]:
+    return {name: (run_dir / name).read_bytes() for name in HISTORY if (run_dir / name).is_file()}
 
 
 def _plain(config: TrainingRun) -> Mapping[str, object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from megagpt.checkpoint import fsio
@@ -33,8 +34,11 @@ def publish_alone(
     writers: Mapping[str, Writer],
     describe: Callable[[Mapping[str, FileEntry]], Manifest],
     n_bytes: int,
+    beside: Mapping[str, bytes],
 ) -> Manifest:
     """Write a checkpoint's files one after the other, read each again, and make all of it visible by one rename.
+
+    A process that is killed at any moment leaves no checkpoint, and to do it again works, or all that belongs to it.
 
     Args:
         store: where.
@@ -42,10 +46,12 @@ def publish_alone(
         writers: file name -> what writes it.
         describe: (file name -> size and checksum) -> the manifest.
         n_bytes: what the files will take, roughly.
+        beside: name -> content of the files that the run's folder holds beside its checkpoints. They are durable
+            before the checkpoint can be seen.
 
     Raises:
         CheckpointError: it does not fit, could not be written, or reads otherwise than it was written; nothing was
-            published.
+            published, and what was written of the checkpoint is removed.
     """
     staging = store.staging_dir(step)
     try:
@@ -60,8 +66,14 @@ def publish_alone(
         for name, entry in files.items():
             verify_file(staging, name, entry)
         manifest = describe(files)
+        for name, content in beside.items():
+            fsio.replace_file(store.folder.parent / name, content)
         store.publish(manifest, staging)
-    except OSError as error:
+    except (OSError, CheckpointError) as error:
+        with suppress(OSError):
+            store.abandon(staging)
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"{staging}: not written: {error}") from None
     return manifest
 

@@ -46,6 +46,9 @@ class Tell(Protocol):
     def event(self, name: str, step: int, **details: Any) -> None:
         """A line of the run's history."""
 
+    def make_durable(self) -> None:
+        """Called before each checkpoint is written: what the run has recorded up to it must survive a power cut."""
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -256,6 +259,7 @@ class Saver:
         step, started_at, settings = int(state["step"]), time.monotonic(), self._settings
         made_room: list[int] = []
         outcome = Outcome(step, 0.0)
+        self._tell.make_durable()
         try:
             written = self._written(content, state, made_room)
             told = list(written.not_removed)

@@ -125,7 +125,7 @@ class DataSection(Section):
     isolate_documents: bool = False
     """Documents that share a sample do not see each other: attention stays within a document, positions begin at 0 in
     each, and the first token of a document is read but not predicted. Documents are those of the .idx file. In training
-    and its validation loss, not in `megagpt eval`."""
+    and its validation loss, not in `megagpt eval`. A run that goes on keeps it."""
 
     @model_validator(mode="after")
     def _check_train(self) -> DataSection:

@@ -13,8 +13,15 @@ from megagpt.data.mixture import Mixture, open_mixture
 from megagpt.errors import CheckpointError, ConfigError, DataError
 from megagpt.tokenizer import Tokenizer, open_recorded_tokenizer, open_tokenizer
 
-UNCHANGEABLE = ("model", "run.seed", "train.global_batch_size", "optim.name")
-"""Keys that a resumed run must keep: the weights' shapes, which sample comes when, and what the optimizer remembers."""
+UNCHANGEABLE = ("model", "run.seed", "train.global_batch_size", "optim.name", "data.isolate_documents")
+"""Keys that a resumed run must keep: what the weights mean, which sample comes when, what the optimizer remembers, and
+what attention sees and which tokens are predicted. `data.train` is compared by its tokens; all others may change, and
+every change is told and recorded."""
+_BEFORE_THEY_WERE_KEYS: Mapping[str, Mapping[str, Any]] = {
+    "optim": {"name": "adamw"},
+    "data": {"isolate_documents": False},
+}
+"""What checkpoints of older versions do not say."""
 
 
 def check_tokens(config: TrainingRun, mixture: Mixture) -> Tokenizer | None:
@@ -59,7 +66,8 @@ def check_resumable(config: TrainingRun, manifest: Manifest, data_fingerprint: s
     current = config.model_dump(mode="json")
     imported = manifest.data_fingerprint is None  # it has seen no samples yet, so any may come
     keys = UNCHANGEABLE[:1] if imported else UNCHANGEABLE
-    saved_config = {**manifest.config, "optim": {"name": "adamw", **manifest.config.get("optim", {})}}  # before Muon
+    older = {name: {**keys, **manifest.config.get(name, {})} for name, keys in _BEFORE_THEY_WERE_KEYS.items()}
+    saved_config = {**manifest.config, **older}
     differences = [
         f"{at} is {saved!r} in the checkpoint, {now!r} in the configuration"
         for at, (saved, now) in changed_values(saved_config, current).items()

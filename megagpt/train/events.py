@@ -8,6 +8,8 @@ Every row has `time` (UTC), `event` and `step`:
     save_failed         cause, in_a_row
     not_removed         cause: checkpoints that should be gone, or what other saves left, are still there
     made_room           removed: steps whose checkpoints made way for this one on a full disk
+    rows_damaged        file, lines that are no rows and were left out, kept_as: the file as it was found
+    rows_missing        file, expected by the checkpoint, found
     set_aside           cause: a damaged checkpoint, by `checkpoint.fall_back`, or what was none under a step's name
     spike               of the loss or gradient norm, and what was done
     rollback            to_step, skipped_batches
@@ -22,7 +24,9 @@ Every row has `time` (UTC), `event` and `step`:
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -34,10 +38,10 @@ from typing import Any
 
 import psutil
 
-from megagpt.train.metrics import CutOff
+from megagpt.train.metrics import CutOff, JsonlSink, Say
+from megagpt.train.rows import EVENTS, METRICS, mend_rows
+from megagpt.train.state import TrainState
 from megagpt.train.stop import ASKED
-
-EVENTS = "events.jsonl"
 
 
 def log_event(run_dir: Path, event: str, step: int, **details: Any) -> None:
@@ -47,8 +51,13 @@ def log_event(run_dir: Path, event: str, step: int, **details: Any) -> None:
     path = run_dir / EVENTS
     try:
         run_dir.mkdir(parents=True, exist_ok=True)  # a run may fail before any of its ranks came to make it
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        with path.open("ab+", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            is_cut = size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"  # by a kill, or by a full disk
+            line = b"\n" * is_cut + json.dumps(row).encode() + b"\n"
+            if file.write(line) != len(line):
+                file.truncate(size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
         with suppress(OSError):  # the terminal's log may lie on the same disk
             sys.stderr.write(f"warning: {path}: not written: {error.strerror}: {json.dumps(row)}\n")
@@ -77,6 +86,29 @@ def log_start(run_dir: Path, step: int, cut_off: CutOff, **details: Any) -> None
         details["repeated_steps"] = cut_off.steps
         details["repeated_seconds"] = round(cut_off.seconds, 3)
     log_event(run_dir, "resumed" if step else "started", step, **details)
+
+
+def tell_damage(run_dir: Path, state: TrainState, metrics: JsonlSink, say: Say) -> None:
+    """Say which rows a run that goes on has lost; events.jsonl is mended first.
+
+    Args:
+        run_dir: of the run.
+        state: that it goes on from.
+        metrics: opened at that state.
+        say: shows a line to the user.
+    """
+    damage = mend_rows(run_dir / EVENTS)[1]
+    if damage is not None:
+        say(f"warning: {damage.told(run_dir / EVENTS)}")
+    for name, found in ((METRICS, metrics.damage), (EVENTS, damage)):
+        if found is not None:
+            log_event(run_dir, "rows_damaged", state.step, file=name, lines=found.lines, kept_as=found.kept_as.name)
+    if state.metric_rows is not None and metrics.rows < state.metric_rows:
+        say(
+            f"warning: {run_dir / METRICS}: {metrics.rows} rows up to step {state.step}, and the checkpoint counts "
+            f"{state.metric_rows}: {state.metric_rows - metrics.rows} are lost; curves and reports will lack them"
+        )
+        log_event(run_dir, "rows_missing", state.step, file=METRICS, expected=state.metric_rows, found=metrics.rows)
 
 
 @dataclass(frozen=True, slots=True)

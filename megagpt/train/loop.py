@@ -241,7 +241,8 @@ def _save(at: _Progress, use: Collaborators, *, last: bool) -> None:
     use.engine.check_replicas()
     use.watch.enter("save", at.state.step, "writing")
     skipped = merged(at.state.skipped_batches, passed(at.state.step, at.skipped))
-    state = replace(at.state, engine=use.engine.engine_state(), skipped_batches=skipped)
+    counters, rows = use.engine.engine_state(), use.metrics.rows
+    state = replace(at.state, engine=counters, skipped_batches=skipped, metric_rows=rows)
     use.saver.save(state.to_dict(), last=last)
 
 

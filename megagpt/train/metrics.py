@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from megagpt.atomic import write_file
 from megagpt.errors import MegaGPTError
+from megagpt.train.rows import Damage, mend_rows, write_rows
 
 Row = Mapping[str, float | int | bool | None]
 
@@ -50,15 +50,20 @@ Say = Callable[[str], object]
 class JsonlSink:
     """`metrics.jsonl`: one JSON object a line, each by one write.
 
-    Rows of steps after `resume_step` belong to a run that was killed; they are cut off, and will come again. A full
-    disk ends no run: its rows wait in memory, some 300 bytes each, and are written when there is room.
+    Rows of steps after `resume_step` belong to a run that was killed; they are cut off, and will come again. Lines that
+    are no rows are left out, and the file as it was is kept beside it. A full disk ends no run: its rows wait in
+    memory, some 300 bytes each, and are written when there is room.
     """
 
     def __init__(self, path: Path, resume_step: int, say: Say) -> None:
-        self.cut_off = _keep_rows(path, resume_step)
         self._path = path
         self._say = say
         self._waiting: list[bytes] = []
+        self.damage: Damage | None = None
+        """What was found in the file that is no row."""
+        self.rows = 0
+        """How many there are up to now, those that wait among them."""
+        self.cut_off = self._keep_rows(resume_step)
         self._open()
 
     def _open(self) -> None:
@@ -69,6 +74,7 @@ class JsonlSink:
         """Append one row, behind those that wait."""
         was_waiting = len(self._waiting)
         self._waiting.append((json.dumps(row) + "\n").encode())
+        self.rows += 1
         problem = self._write_waiting()
         if problem is not None and not was_waiting:
             self._say(f"warning: {self._path}: step {row['step']} cannot be written: {problem}; rows wait in memory")
@@ -93,8 +99,23 @@ class JsonlSink:
         """Cut the rows after the step off."""
         self._file.close()
         self._waiting = [line for line in self._waiting if json.loads(line)["step"] <= step]
-        _keep_rows(self._path, step)
+        self._keep_rows(step)
         self._open()
+
+    def _keep_rows(self, last_step: int) -> CutOff:
+        self.rows = len(self._waiting)
+        if not self._path.exists():
+            return CutOff()
+        last_row_at = self._path.stat().st_mtime
+        found, damage = mend_rows(self._path)
+        if damage is not None:
+            self.damage = damage
+            self._say(f"warning: {damage.told(self._path)}")
+        kept = [line for line, row in found.lines if row["step"] <= last_step]
+        write_rows(self._path, kept)
+        self.rows += len(kept)
+        again = [row for _, row in found.lines if row["step"] > last_step and "loss" in row]
+        return CutOff(len(again), sum(float(row.get("step_seconds", 0.0)) for row in again), last_row_at)
 
     def close(self) -> None:
         """Write what waits, and close the file.
@@ -110,26 +131,6 @@ class JsonlSink:
                 f"{self._path}: {len(self._waiting)} rows of steps {first} to {last} are lost: {problem}; "
                 "make room there before the run goes on"
             )
-
-
-def _keep_rows(path: Path, last_step: int) -> CutOff:
-    if not path.exists():
-        return CutOff()
-    last_row_at = path.stat().st_mtime
-    lines = [(line, row) for line in path.read_text("utf-8").splitlines() if (row := _row(line))]
-    kept = [line for line, row in lines if row["step"] <= last_step]
-    write_file(path, "".join(f"{line}\n" for line in kept).encode())
-    again = [row for _, row in lines if row["step"] > last_step and "loss" in row]
-    return CutOff(len(again), sum(float(row.get("step_seconds", 0.0)) for row in again), last_row_at)
-
-
-def _row(line: str) -> dict[str, Any] | None:
-    """The row, or None for a line that a kill cut in two."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return row if isinstance(row, dict) and "step" in row else None
 
 
 class TensorBoardSink:
@@ -192,6 +193,11 @@ class Metrics:
     def __init__(self, sinks: list[Sink], say: Say) -> None:
         self._sinks = sinks
         self._say = say
+
+    @property
+    def rows(self) -> int | None:
+        """How many the run's own record has; None on a process that keeps none."""
+        return next((sink.rows for sink in self._sinks if isinstance(sink, JsonlSink)), None)
 
     def write(self, row: Row) -> None:
         """Give the row to every sink."""

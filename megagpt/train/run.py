@@ -43,10 +43,11 @@ from megagpt.train.command import USAGE, Launch, parse_arguments
 from megagpt.train.compatible import changed_values, check_resumable, check_tokens
 from megagpt.train.describe import check_run, describe_plan, package_versions
 from megagpt.train.environment import check_rendezvous
-from megagpt.train.events import log_event, log_start
+from megagpt.train.events import log_event, log_start, tell_damage
 from megagpt.train.loop import Collaborators, train
 from megagpt.train.metrics import CutOff, JsonlSink, Metrics, Say, Sink, TensorBoardSink, WandbSink
 from megagpt.train.progress import ProgressLine
+from megagpt.train.rows import METRICS, make_durable
 from megagpt.train.schedule import lr_schedule
 from megagpt.train.start import COLLECTIVE_TIMEOUT, process_store, start_mesh
 from megagpt.train.state import TrainState
@@ -290,7 +291,8 @@ def _open_metrics(config: TrainingRun, state: TrainState, mesh: Mesh, say: Say) 
         return Metrics([], say), CutOff()
     run_dir = config.run.dir
     last_kept = state.step or -1  # a run that starts at step 0 evaluates there again
-    jsonl = JsonlSink(run_dir / "metrics.jsonl", last_kept, say)
+    jsonl = JsonlSink(run_dir / METRICS, last_kept, say)
+    tell_damage(run_dir, state, jsonl, say)
     sinks: list[Sink] = [jsonl]
     if config.log.tensorboard:
         sinks.append(TensorBoardSink(run_dir / "tensorboard", last_kept))
@@ -335,6 +337,14 @@ class _Story:
         """A line of events.jsonl."""
         if self.is_main:
             log_event(self.run_dir, name, step, **details)
+
+    def make_durable(self) -> None:
+        """Flush metrics.jsonl and events.jsonl; a checkpoint is not given up for them."""
+        if self.is_main:
+            try:
+                make_durable(self.run_dir)
+            except OSError as error:
+                self.say(f"warning: {self.run_dir}: metrics and events may not survive a power cut: {error}")
 
 
 def _mfu_per_token_rate(config: TrainingRun, plan: BatchPlan, mesh: Mesh) -> float | None:

@@ -27,6 +27,8 @@ class TrainState:
     """What tells a spike: loss and gradient norm of the last steps."""
     engine: Mapping[str, float] = field(default_factory=dict)
     """Counters of the optimizer (Engine.engine_state)."""
+    metric_rows: int | None = None
+    """Rows of metrics.jsonl up to this step; None where nothing has counted them."""
 
     def after_step(self, tokens: int, *, skipped: bool) -> Self:
         """The state one step later; `refused_in_a_row` and `recent` are the policy's to change."""

@@ -66,6 +66,9 @@ class Told:
             return
         self.events.append({"event": name, "step": step, **details})
 
+    def make_durable(self) -> None:
+        """It records nothing on a disk."""
+
 
 class State:
     """What a saver reads: set the step, and it finds that step's values."""

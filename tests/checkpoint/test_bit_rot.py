@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
-from megagpt.checkpoint.save import save_checkpoint
+from megagpt.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from megagpt.checkpoint.open import rank_files
+from megagpt.checkpoint.rewrite import publish_alone
+from megagpt.checkpoint.save import save_checkpoint, verify_together
 from megagpt.checkpoint.store import CheckpointStore, verify_checkpoint
-from megagpt.checkpoint.tensors import KINDS, TensorSlice
+from megagpt.checkpoint.tensors import KINDS, SliceReader, TensorSlice, rank_file, write_slices
 from megagpt.errors import CheckpointError
 from tests.checkpoint.folders import folder_in_memory
 from tests.checkpoint.small_saves import ALONE, identity, save
 
-pytestmark = pytest.mark.exhaustive
+exhaustive = pytest.mark.exhaustive
 
 
 def refused(step_dir, name):
@@ -27,6 +33,7 @@ def refused(step_dir, name):
     return False
 
 
+@exhaustive
 def test_every_bit_of_a_small_checkpoint(folder):
     tokenizer_file = folder / "tokenizer.json"
     tokenizer_file.write_text('{"a": 1}')
@@ -73,6 +80,7 @@ def store(larger, folder):
     return CheckpointStore(shutil.copytree(larger.folder, folder / "checkpoints"))
 
 
+@exhaustive
 def test_ten_thousand_random_bits_of_a_larger_checkpoint(store):
     path = store.step_dir(2) / "rank_00000.safetensors"
     choose = random.Random(1)
@@ -92,6 +100,7 @@ def test_ten_thousand_random_bits_of_a_larger_checkpoint(store):
     verify_checkpoint(store.step_dir(2))
 
 
+@exhaustive
 def test_every_cut_at_a_sector_and_every_addition(store):
     path = store.step_dir(2) / "rank_00000.safetensors"
     content = path.read_bytes()
@@ -104,6 +113,7 @@ def test_every_cut_at_a_sector_and_every_addition(store):
         assert refused(store.step_dir(2), path.name)
 
 
+@exhaustive
 def test_files_that_are_swapped_missing_or_of_another_step(store):
     one, other = store.step_dir(1), store.step_dir(2)
     name = "rank_00000.safetensors"
@@ -118,3 +128,80 @@ def test_files_that_are_swapped_missing_or_of_another_step(store):
     shutil.move(one / "aside", one / "manifest.json")
     (one / name).unlink()
     assert refused(one, name)
+
+
+NUMEL = 3000
+RANKS = (rank_file(0), rank_file(1))
+
+
+def of_two_ranks(folder, step):
+    """The store of a checkpoint whose two ranks have written half of a tensor each, in files of one size."""
+    store = CheckpointStore(folder / "checkpoints")
+    values = torch.arange(NUMEL, dtype=torch.float32) + 10_000 * step
+
+    def part(rank):
+        held = values[rank * NUMEL // 2 : (rank + 1) * NUMEL // 2]
+        return [TensorSlice("weight", (NUMEL,), rank * NUMEL // 2, {kind: held.clone() for kind in KINDS})]
+
+    publish_alone(
+        store,
+        step,
+        {rank_file(rank): partial(write_slices, slices=part(rank)) for rank in (0, 1)},
+        lambda files: Manifest(step, files, {"step": step}, identity().config, "data", None, {}),
+        0,
+        {},
+    )
+    sizes = {(store.step_dir(step) / name).stat().st_size for name in RANKS}
+    assert len(sizes) == 1, "a swap is not to be seen by the sizes"
+    with SliceReader(rank_files(store.step_dir(step), read_manifest(store.step_dir(step)))) as reader:
+        assert torch.equal(reader.read_whole("weight"), values)
+    return store.step_dir(step)
+
+
+def swap_names(step_dir):
+    one, other = (step_dir / name for name in RANKS)
+    one.rename(step_dir / "aside")
+    other.rename(one)
+    (step_dir / "aside").rename(other)
+
+
+def swap_contents(step_dir):
+    contents = [(step_dir / name).read_bytes() for name in RANKS]
+    for name, content in zip(RANKS, reversed(contents), strict=True):
+        with (step_dir / name).open("r+b") as file:
+            file.write(content)
+
+
+def swap_entries(step_dir):
+    """In the manifest, whose own checksum is made to fit."""
+    manifest = read_manifest(step_dir)
+    one, other = RANKS
+    files = {one: manifest.files[other], other: manifest.files[one]}
+    (step_dir / MANIFEST).write_bytes(replace(manifest, files=files).to_json())
+
+
+@pytest.mark.parametrize("swap", [swap_names, swap_contents, swap_entries])
+def test_two_ranks_files_that_are_swapped_are_refused_both_by_name(swap, folder):
+    step_dir = of_two_ranks(folder, 3)
+    verify_together(step_dir, ALONE)
+    swap(step_dir)
+    assert refused(step_dir, RANKS[0])
+    with pytest.raises(CheckpointError) as told:
+        verify_together(step_dir, ALONE)
+    assert [f"{step_dir / name}: damaged: " in str(told.value) for name in RANKS] == [True, True]
+
+
+def test_entries_that_are_swapped_in_the_manifest_alone_are_refused_as_its_damage(folder):
+    step_dir = of_two_ranks(folder, 3)
+    content = json.loads((step_dir / MANIFEST).read_bytes())
+    one, other = RANKS
+    content["files"][one], content["files"][other] = content["files"][other], content["files"][one]
+    (step_dir / MANIFEST).write_bytes((json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
+    assert refused(step_dir, MANIFEST)
+
+
+def test_one_ranks_file_of_another_step_is_refused_by_name(folder):
+    step_dir, earlier = of_two_ranks(folder, 3), of_two_ranks(folder / "other", 2)
+    shutil.copy(earlier / RANKS[1], step_dir / RANKS[1])
+    assert refused(step_dir, RANKS[1])
+    assert not refused(step_dir, RANKS[0])

@@ -41,7 +41,7 @@ def save_with_deepspeed(runs: list[Saved], out: Path) -> None:
         engine._engine.save_checkpoint(str(run.folder))
         save(engine, run.config, state, run.folder / "ours")
         mesh.barrier()
-        if mesh.is_main:
+        if mesh.is_main and run.config.parallel.zero_stage:  # it is for sharded ones alone
             make_universal(run.folder / f"global_step{run.first}", run.folder / "universal")
         losses[run.name] = before + train(engine, run.config, state, run.last)[1]
     if mesh.is_main:

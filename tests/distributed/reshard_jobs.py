@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+import xxhash
 from safetensors import safe_open
 
 from megagpt.checkpoint.tensors import WEIGHT, TensorSlice
@@ -50,6 +51,8 @@ class Laid:
     """To go on from, each in an engine of its own."""
     same: tuple[Written, ...] = ()
     """As `go_on`, for a few steps: whose losses shall be the same to the last bit."""
+    alike: tuple[Written, ...] = ()
+    """One state in the files of many layouts: what is held after each is restored shall be the same to the last bit."""
     save_again: Path | None = None
     """Folder of a store to save the first of `go_on` into, as soon as it is loaded."""
 
@@ -64,6 +67,8 @@ class Shown:
     """Checkpoint -> what was not as it is in there; an empty list for each that was read."""
     continued: dict[str, list[float]] = field(default_factory=dict)
     """Checkpoint -> losses from there on."""
+    digests: dict[str, list[str]] = field(default_factory=dict)
+    """Checkpoint -> for each rank, a hash of all that it holds."""
     bytes_read: dict[str, list[int]] = field(default_factory=dict)
     """Checkpoint -> for each rank, bytes of values that it read."""
     bytes_held: list[int] = field(default_factory=list)
@@ -84,6 +89,8 @@ def run_layouts(layouts: list[Laid], out: Path) -> None:
             found.continued[written.name] = _go_on(laid, written, mesh, laid.last)
         for written in laid.same:
             found.continued[written.name] = _go_on(laid, written, mesh, laid.first + FEW)
+        if laid.alike:
+            _hold_alike(laid, mesh, found)
     if mesh.is_main:
         out.write_text(json.dumps({name: vars(value) for name, value in shown.items()}))
     leave(mesh)
@@ -107,6 +114,40 @@ def _go_on(laid: Laid, written: Written, mesh: Mesh, last: int) -> list[float]:
     if laid.save_again is not None and written is laid.go_on[0]:
         save(engine, laid.config, state, laid.save_again)
     return train(engine, laid.config, state, last)[1]
+
+
+def _hold_alike(laid: Laid, mesh: Mesh, found: Shown) -> None:
+    """Restore one after the other, with a step of training before each: what is not restored would differ.
+
+    Then go on, in this engine from the first of them and in a new one from the last.
+    """
+    engine = engine_for(laid.config, mesh)
+    state, _ = restore(engine, laid.alike[-1].step_dir)
+    for written in laid.alike:
+        train(engine, laid.config, state, laid.first + 1)
+        state, _ = restore(engine, written.step_dir)
+        found.digests[written.name] = mesh.gather(_digest(engine, state))
+    train(engine, laid.config, state, laid.first + 1)
+    state, _ = restore(engine, laid.alike[0].step_dir)
+    found.continued["from the first"] = train(engine, laid.config, state, laid.first + FEW)[1]
+    engine = engine_for(laid.config, mesh)
+    state, _ = restore(engine, laid.alike[-1].step_dir)
+    found.continued["from the last"] = train(engine, laid.config, state, laid.last)[1]
+
+
+def _digest(engine: Engine, state: TrainState) -> str:
+    """Of every weight and moment on this process, counters and settings of the groups: what the next steps hang on."""
+    tensors = state_tensors(engine.optimizer, engine.model)
+    digest = xxhash.xxh3_128()
+    for kind in ("weights", "optimizer"):
+        for tensor in tensors[kind]:
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    groups = [  # the rate is set anew in each step
+        {key: value for key, value in one.items() if key not in ("params", "lr")}
+        for one in engine.optimizer.param_groups
+    ]
+    digest.update(repr((engine.engine_state(), state, groups)).encode())
+    return digest.hexdigest()
 
 
 def _read_all(laid: Laid, mesh: Mesh, found: Shown) -> None:

@@ -27,6 +27,7 @@ from tests.tiny import run_config, run_words
 
 FIRST, LAST = 3, 8
 ALL = {
+    "zero0": ["parallel.zero_stage=0"],
     "zero1": ["parallel.zero_stage=1"],
     "zero2": ["parallel.zero_stage=2"],
     "zero3": ["parallel.zero_stage=3", "parallel.update_elements=4000"],  # several groups
@@ -35,7 +36,10 @@ ALL = {
     "fp16": ["train.dtype=fp16", "parallel.extra={fp16: {initial_scale_power: 10, loss_scale_window: 2}}"],
     "accumulating": ["parallel.zero_stage=2", "train.micro_batch_size=2"],
 }
-FAST = ("zero2", "zero3")
+FAST = ("zero0", "zero2", "zero3")
+KINDS_OF = {"zero0": ("native",)}
+"""DeepSpeed makes universal only what was sharded."""
+BOTH = ("native", "universal")
 
 
 def configuration(where, tokens, name):
@@ -72,9 +76,9 @@ def check(where, losses, tokens, names, tmp_path):
         config = configuration(where, tokens, name)
         expected = tensors_of(CheckpointStore(where / name / "ours").step_dir(FIRST))
         ours = read_manifest(CheckpointStore(where / name / "ours").step_dir(FIRST)).state
-        for kind, folder in (("native", where / name), ("universal", where / name / "universal")):
+        for kind in KINDS_OF.get(name, BOTH):
             run_dir = tmp_path / f"{name}-{kind}"
-            import_deepspeed(folder, into(config, run_dir))
+            import_deepspeed(where / name / ("universal" if kind == "universal" else ""), into(config, run_dir))
             step_dir = CheckpointStore(run_dir / CHECKPOINTS).step_dir(FIRST)
             found = tensors_of(step_dir)
             assert found.keys() == expected.keys()
@@ -85,10 +89,11 @@ def check(where, losses, tokens, names, tmp_path):
             runs.append((f"{name}-{kind}", config, step_dir, LAST))
     start(go_on, 2, runs, tmp_path / "on.json", log=tmp_path / "on.log").finish()
     continued = json.loads((tmp_path / "on.json").read_text())
-    assert continued == {f"{name}-{kind}": losses[name][FIRST:] for name in names for kind in ("native", "universal")}
+    assert continued == {f"{name}-{kind}": losses[name][FIRST:] for name in names
+                         for kind in KINDS_OF.get(name, BOTH)}  # fmt: skip
 
 
-def test_zero_2_and_3_and_their_universal_forms_go_on(saved, tokens, tmp_path):
+def test_zero_0_2_and_3_and_their_universal_forms_go_on(saved, tokens, tmp_path):
     check(*saved, tokens, FAST, tmp_path)
 
 
@@ -171,6 +176,58 @@ def test_a_pointer_to_elsewhere_is_refused(tag, copied, config, tmp_path):
     (copied / "above").mkdir()
     (copied / "above" / "latest").write_text(tag)
     refused(copied, "above", config, "latest: names .* which is no folder beside it")
+
+
+@pytest.fixture
+def unsharded(saved, tmp_path):
+    """The one file of ZeRO-0, to be spoilt: what it holds, and how to put it back."""
+    where, _ = saved
+    shutil.copytree(where / "zero0" / f"global_step{FIRST}", tmp_path / "native")
+    file = tmp_path / "native" / "mp_rank_00_model_states.pt"
+    content = torch.load(file, weights_only=False)
+    return content, lambda: torch.save(content, file)
+
+
+def test_moments_without_names_are_taken_only_where_shapes_tell_whose_they_are(unsharded, tokens, tmp_path):
+    content, put_back = unsharded
+    config = configuration(tmp_path, tokens, "zero0")
+    groups = content["optimizer"]["param_groups"]
+    assert len(groups) == 2
+    groups[0]["params"].reverse()
+    put_back()
+    refused(tmp_path, "native", config, "which moments are those of .* cannot be told: they have numbers .*ZeRO-1")
+    groups[0]["params"].reverse()
+    numbers = groups[1]["params"]
+    groups[1]["params"], more = numbers[::2], {**groups[1], "params": numbers[1::2]}
+    groups.append(more)
+    put_back()
+    refused(tmp_path, "native", config, "which moments are those of .* and 2 of 3 groups come with its shape next")
+    groups.pop()
+    put_back()
+    refused(tmp_path, "native", config, r"28 parameters, and optimizer state of \d+; it must be of all of them")
+
+
+@pytest.mark.parametrize("held", [None, {"fp32_groups_flat": []}])
+def test_zero_0_in_half_precision_is_refused_with_the_way_out(held, unsharded, tokens, tmp_path):
+    content, put_back = unsharded
+    content["optimizer"] = held
+    put_back()
+    refused(tmp_path, "native", configuration(tmp_path, tokens, "zero0"), "no optimizer state of fp32 .* under ZeRO-1")
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["zero_pp_rank_0_mp_rank_01_optim_states.pt", "layer_00-model_00-model_states.pt", "mp_rank_01_model_states.pt"],
+)
+def test_what_was_cut_over_the_model_names_the_way_through_a_universal_checkpoint(file, copied, config):
+    (copied / "native" / file).touch()
+    refused(copied, "native", config, "tensor or pipeline parallelism; make a universal checkpoint .*ds_to_universal")
+
+
+@pytest.mark.parametrize("file", ["mp_rank_01_model_states.pt", "layer_00-model_states.pt"])
+def test_what_was_cut_over_the_model_without_zero_names_both_steps(file, unsharded, tokens, tmp_path):
+    (tmp_path / "native" / file).touch()
+    refused(tmp_path, "native", configuration(tmp_path, tokens, "zero0"), "stage 1, save, .*ds_to_universal")
 
 
 def test_muon_takes_no_moments_of_adam(copied, tokens):

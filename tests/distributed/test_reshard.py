@@ -5,9 +5,15 @@ Each layout trains `FIRST` steps, saves, and trains on. Then each of them
   both moments, the weights it works with, counters, settings of the groups) with the logical tensors as this file puts
   them together from the writer's files: every ordered pair;
 - goes on from two of them in new engines, to the losses that the writers had without a break;
-- goes on from one of the two after `megagpt checkpoint reshard`, to the last bit of the losses before. So what follows
-  hangs on the state alone, not on the files that it came from, and with equal states two writers a reader stand for
-  all.
+- goes on from one of the two after `megagpt checkpoint reshard`, to the last bit of the losses before;
+- restores one state from the files of every layout (those that `reshard` makes, which are byte for byte the ones that
+  the layout writes), with a step of training between them, and hashes all that its ranks then hold: the same hash each
+  time. It goes on from one of these for all the steps, to the losses that the state's writer had without a break.
+
+So every ordered pair goes on within the bound, although not every pair is trained: the steps of a reader are the same
+code on the same batches, and a function of what its ranks hold, which after a restore is the same to the last bit
+whichever layout wrote. One continuation of a reader is that of all writers. (That nothing beside what is hashed matters
+is tried too: an engine that has trained and restored many times, and a new one, go on from it to the last bit alike.)
 """
 
 from __future__ import annotations
@@ -216,10 +222,29 @@ class Matrix:
     readers: dict[str, Shown]
     go_on: dict[str, list[str]]
     """Reader -> the writers that it went on from."""
+    alike: tuple[Written, ...]
+    """The state of the first layout in the files of each kind of writer."""
     where: Path
 
     def of_dtype(self, *dtypes):
         return {one.name for one in self.layouts if one.dtype in dtypes}
+
+
+def one_state(layouts: list[Layout], first: Written, where: Path) -> tuple[Written, ...]:
+    """The state of the first layout in the files of all of its precision; of those with the same files, one."""
+    found: dict[tuple[bytes, ...], Written] = {}
+    for one in layouts:
+        if one.dtype == layouts[0].dtype:
+            reshard(first.step_dir, where / one.name, one.world_size, _parallel_words(one))
+            step_dir = CheckpointStore(where / one.name / "checkpoints").step_dir(FIRST)
+            files = tuple((step_dir / rank_file(rank)).read_bytes() for rank in range(one.world_size))
+            found.setdefault(files, Written(one.name, step_dir, first.truth))
+    return tuple(found.values())
+
+
+def _parallel_words(one: Layout) -> list[str]:
+    words = [f"parallel.{key}={json.dumps(value)}" for key, value in _plain(one.config)["parallel"].items()]
+    return [*words, "train.micro_batch_size=1"]
 
 
 def all_pairs(layouts: list[Layout], where: Path, last: int = LAST, seconds: float = 1200) -> Matrix:
@@ -233,12 +258,11 @@ def all_pairs(layouts: list[Layout], where: Path, last: int = LAST, seconds: flo
         truth_of(step_dir, truth)
         written[one.name] = Written(one.name, step_dir, truth)
     go_on = {one.name: _two_writers(index, layouts) for index, one in enumerate(layouts)}
+    alike = one_state(layouts, written[layouts[0].name], where / "alike")
     laid = []
     for one in layouts:
         first = go_on[one.name][0]
-        words = [f"parallel.{key}={json.dumps(value)}" for key, value in _plain(one.config)["parallel"].items()]
-        reshard(written[first].step_dir, where / "resharded" / one.name, one.world_size,
-                [*words, "train.micro_batch_size=1"])  # fmt: skip
+        reshard(written[first].step_dir, where / "resharded" / one.name, one.world_size, _parallel_words(one))
         step_dir = CheckpointStore(where / "resharded" / one.name / "checkpoints").step_dir(FIRST)
         resharded = Written("resharded", step_dir, written[first].truth)
         what = one.laid(
@@ -246,10 +270,11 @@ def all_pairs(layouts: list[Layout], where: Path, last: int = LAST, seconds: flo
             read=tuple(written.values()),
             go_on=tuple(written[name] for name in go_on[one.name]),
             same=(resharded,),
+            alike=alike,
             save_again=where / "again" / one.name,
         )
         laid.append((one, what))
-    return Matrix(layouts, writers, run_groups(laid, where / "b", seconds), go_on, where)
+    return Matrix(layouts, writers, run_groups(laid, where / "b", seconds), go_on, alike, where)
 
 
 def _plain(config):
@@ -303,6 +328,22 @@ def check_resharded(matrix: Matrix) -> None:
         assert continued["resharded"] == continued[matrix.go_on[one.name][0]][:FEW], one.name
 
 
+def check_alike(matrix: Matrix, at_least: int) -> None:
+    """Whichever layout wrote it, a reader holds the same to the last bit and goes on as the state's writer did."""
+    writers = [written.name for written in matrix.alike]
+    LOG.info("%d readers of one state in %d kinds of files", len(matrix.readers), len(writers))
+    assert len(writers) >= at_least
+    uninterrupted = matrix.writers[matrix.layouts[0].name].losses[FIRST:]
+    for reader, shown in matrix.readers.items():
+        assert sorted(shown.digests) == sorted(writers)
+        different = [writer for writer in writers if shown.digests[writer] != shown.digests[writers[0]]]
+        assert different == [], f"{reader} holds other bits after {different} than after {writers[0]}"
+        goes_on = shown.continued["from the last"]
+        assert shown.continued["from the first"] == goes_on[:FEW], reader
+        if reader in matrix.of_dtype(matrix.layouts[0].dtype):
+            assert relative(goes_on, uninterrupted) < 1e-5, reader
+
+
 def check_reading(matrix: Matrix) -> None:
     """No rank reads more than it fills."""
     for one in matrix.layouts:
@@ -347,6 +388,10 @@ def test_resharded_files_are_those_that_each_of_them_writes(few):
     check_resharded(few)
 
 
+def test_each_of_them_goes_on_alike_from_the_files_of_all(few):
+    check_alike(few, 3)
+
+
 def test_a_rank_reads_its_own_part_alone(few):
     check_reading(few)
     whole = whole_bytes(few)
@@ -375,6 +420,12 @@ def test_the_loss_goes_on_between_all(every):
     check_losses(every, ("fp32",), 1e-5)
     check_losses(every, ("bf16",), 2e-3)
     check_losses(every, ("fp16",), 2e-3)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(1500)
+def test_every_layout_goes_on_alike_from_the_files_of_every_other(every):
+    check_alike(every, 14)
 
 
 @pytest.mark.exhaustive
@@ -412,6 +463,7 @@ def test_the_same_of_grouped_query_attention_muon_and_state_on_disk(which, tmp_p
     assert len(layouts) >= 5
     check_state(matrix)
     check_losses(matrix, ("fp32",), 1e-5)
+    check_alike(matrix, 4)
     check_resharded(matrix)
 
 

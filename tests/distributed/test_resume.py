@@ -8,11 +8,13 @@ import random
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
 from megagpt.checkpoint.store import CheckpointStore, verify_checkpoint
 from megagpt.data.indexed import TokenFileWriter
+from tests.checkpoint.calls import place_of, standing_in
 from tests.distributed.faults import Fault, train_with_fault
 from tests.distributed.processes import start, train_command
 from tests.distributed.runs import metric_rows as rows
@@ -190,6 +192,57 @@ def test_what_stops_the_main_process_alone_stops_all_with_its_message(tmp_path, 
     """The others do not wait in a collective for a process that has ended."""
     (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
     refused(command(tmp_path / "run"), tmp_path / "log", "metrics.jsonl", "directory")
+
+
+def test_lost_and_damaged_rows_of_the_metrics_are_told_and_the_run_goes_on(copied, command, tmp_path):
+    """As a power cut or a bad disk leaves them; with 1 process, which is enough to read a checkpoint of 2."""
+    shutil.rmtree(step_dir(copied, 12))
+    path = copied / "metrics.jsonl"
+    before = path.read_bytes().splitlines(keepends=True)
+    found = b"".join([*before[:2], b"\xff" + before[2], *before[4:]])
+    path.write_bytes(found)
+    codes, output = run([*command(copied), "train.max_steps=7", "log.progress=true"], tmp_path / "log", world_size=1)
+    assert codes == [0], output
+    assert f"warning: {path}: 1 damaged lines were left out; the file as it was is metrics.jsonl.damaged" in output
+    assert f"warning: {path}: 6 rows up to step 6, and the checkpoint counts 8: 2 are lost" in output
+    assert (copied / "metrics.jsonl.damaged").read_bytes() == found
+    assert [row["step"] for row in rows(copied)] == [0, 1, 4, 4, 5, 6, 7, 7]
+    events = [json.loads(line) for line in (copied / "events.jsonl").read_text().splitlines()]
+    told = {event["event"]: event for event in events if event["event"].startswith("rows_")}
+    assert (told["rows_damaged"]["lines"], told["rows_damaged"]["kept_as"]) == (1, "metrics.jsonl.damaged")
+    assert (told["rows_missing"]["expected"], told["rows_missing"]["found"]) == (8, 6)
+
+
+@pytest.mark.parametrize("kind", ["false", pytest.param("true", marks=pytest.mark.exhaustive)])
+def test_rows_up_to_a_checkpoint_are_flushed_before_it_can_be_seen(kind, tmp_path, command):
+    words = command(tmp_path / "run", "checkpoint.save_every=2", f"checkpoint.asynchronous={kind}", "train.max_steps=6")
+    start(train_and_note_flushes, 1, words, tmp_path, log=tmp_path / "log").finish(120)
+    noted = [json.loads(line) for line in (tmp_path / "noted").read_text().splitlines()]
+    assert [place for kind, place, _ in noted if kind == "rename"] == [f"step_{step:08d}" for step in (2, 4, 6)]
+    for index, (kind, place, _) in enumerate(noted):
+        if kind == "rename":
+            flushed = {name: held for kind, name, held in noted[:index] if kind == "fsync"}
+            assert flushed["metrics.jsonl"] >= int(place[-2:])
+            assert flushed["events.jsonl"] >= 1
+
+
+def train_and_note_flushes(words, where):
+    """Note each flush of rows, with how many there are, and each publication of a checkpoint."""
+    noted = []
+
+    def handle(name, call, args, kwargs):
+        place = place_of(args, kwargs)
+        result = call()
+        if name == "fsync" and place.suffix == ".jsonl":
+            noted.append((name, place.name, len(place.read_bytes().splitlines())))
+        if name in ("rename", "replace") and place.name.startswith("step_"):
+            noted.append(("rename", Path(args[1]).name, 0))
+        return result
+
+    with standing_in(handle):
+        code = train_command(words)
+    (where / "noted").write_text("".join(json.dumps(one) + "\n" for one in noted))
+    return code
 
 
 def test_resume_never_refuses_a_folder_with_checkpoints(copied, command, tmp_path):

@@ -295,16 +295,19 @@ def test_under_the_launcher_no_process_is_left(kind, words, tmp_path):
 
 
 @pytest.mark.exhaustive
-def test_two_thousand_clean_steps_raise_no_alarm(tokens, tmp_path):
-    """Every watch at its default but for the spike's window, which is full early, and with replicas compared often."""
+@pytest.mark.parametrize(
+    ("layout", "steps"),
+    [
+        ([], 2000),
+        (["train.dtype=bf16"], 700),
+        (["parallel.zero_stage=3"], 700),
+    ],
+    ids=["fp32", "bf16", "zero3"],
+)
+def test_thousands_of_clean_steps_raise_no_alarm(layout, steps, tokens, tmp_path):
+    """Every watch as it is by default, but that replicas are compared five times as often."""
     command = run_words(
-        tmp_path / "run",
-        tokens,
-        "train.max_steps=2000",
-        "optim.lr=3e-3",
-        "watch.step_seconds=20",
-        "watch.replicas_every=20",
-        "watch.slow_every=10",
+        tmp_path / "run", tokens, f"train.max_steps={steps}", "optim.lr=3e-3", "watch.replicas_every=20", *layout
     )
     group = start(train_with_fault, 2, command, log=tmp_path / "log")
     assert group.wait(280) == [0, 0], group.output()

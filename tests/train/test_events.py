@@ -8,8 +8,9 @@ import time
 
 import pytest
 
-from megagpt.train.events import goodput, log_event, log_start
+from megagpt.train.events import goodput, log_event, log_start, tell_damage
 from megagpt.train.metrics import CutOff, JsonlSink
+from megagpt.train.state import TrainState
 
 
 def row(step, seconds):
@@ -70,3 +71,50 @@ def test_every_second_between_the_first_start_and_the_last_event_has_a_cause():
 def test_a_history_without_times_is_no_account(tmp_path):
     log_event(tmp_path, "started", 0)
     assert goodput([json.loads((tmp_path / "events.jsonl").read_text())], [row(1, 1.0)]) is None
+
+
+def events_of(run_dir):
+    return [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+
+
+def test_an_event_behind_one_that_was_cut_stands_in_a_line_of_its_own(tmp_path):
+    log_event(tmp_path, "started", 0)
+    with (tmp_path / "events.jsonl").open("ab") as file:
+        file.write(b'{"time": "2026')
+    log_event(tmp_path, "saved", 5)
+    lines = (tmp_path / "events.jsonl").read_bytes().split(b"\n")
+    assert lines[1] == b'{"time": "2026'
+    assert [json.loads(lines[place])["event"] for place in (0, 2)] == ["started", "saved"]
+
+
+def test_damaged_and_missing_rows_are_told_in_the_history(tmp_path):
+    log_event(tmp_path, "started", 0)
+    with (tmp_path / "events.jsonl").open("ab") as file:
+        file.write(b"\xff\n")
+    log_event(tmp_path, "saved", 5)
+    found = (tmp_path / "events.jsonl").read_bytes()
+    metrics, said = tmp_path / "metrics.jsonl", []
+    metrics.write_bytes(b'{"step": 1}\n{"step": 2}\n\xff\n{"step": 5}\n')
+    sink = JsonlSink(metrics, 5, said.append)
+    sink.close()
+    tell_damage(tmp_path, TrainState(step=5, metric_rows=5), sink, said.append)
+    assert (tmp_path / "events.jsonl.damaged").read_bytes() == found
+    history = events_of(tmp_path)
+    assert [event["event"] for event in history] == ["started", "saved", "rows_damaged", "rows_damaged", "rows_missing"]
+    assert [(event["file"], event["lines"], event["kept_as"]) for event in history[2:4]] == [
+        ("metrics.jsonl", 1, "metrics.jsonl.damaged"), ("events.jsonl", 1, "events.jsonl.damaged")
+    ]  # fmt: skip
+    assert (history[4]["expected"], history[4]["found"]) == (5, 3)
+    assert f"warning: {metrics}: 3 rows up to step 5, and the checkpoint counts 5: 2 are lost" in said[2]
+
+
+@pytest.mark.parametrize("recorded", [None, 2])
+def test_a_run_whose_rows_are_all_there_is_told_nothing(recorded, tmp_path):
+    log_event(tmp_path, "saved", 5)
+    before, said = (tmp_path / "events.jsonl").read_bytes(), []
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 5}\n{"step": 6}\n')
+    sink = JsonlSink(tmp_path / "metrics.jsonl", 5, said.append)
+    sink.close()
+    tell_damage(tmp_path, TrainState(step=5, metric_rows=recorded), sink, said.append)
+    assert said == []
+    assert (tmp_path / "events.jsonl").read_bytes() == before

@@ -49,6 +49,49 @@ def test_lines_that_are_no_rows_are_removed(tmp_path):
     assert rows(path) == [{"step": 1, "loss": 2.0}]
 
 
+@pytest.mark.parametrize(
+    "bad",
+    [b"\xff\n", b'{"step": 4, "lo\xe4s": 1.0}\n', bytes(512) + b"\n", b'{"step": "4"}\n', b"[" * 100_000 + b"\n",
+     b'{"step": 1' + b"0" * 5000 + b"}\n"],
+    ids=["a byte", "a byte in a row", "a sector of zeros", "another type", "deep", "long"],
+)  # fmt: skip
+def test_damaged_lines_are_told_counted_and_kept_aside(bad, tmp_path):
+    path, said = tmp_path / "metrics.jsonl", []
+    good = [{"step": step, "loss": 1.0} for step in range(1, 8)]
+    lines = [(json.dumps(row) + "\n").encode() for row in good]
+    found = b"".join([*lines[:3], bad, *lines[3:], b'{"step": 8, "l'])
+    path.write_bytes(found)
+    sink = JsonlSink(path, resume_step=5, say=said.append)
+    assert rows(path) == good[:5]
+    assert sink.rows == 5
+    assert sink.cut_off.steps == 2
+    assert sink.damage.lines == 1
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == found
+    assert said == [f"warning: {path}: 1 damaged lines were left out; the file as it was is metrics.jsonl.damaged"]
+    sink.close()
+    path.write_bytes(path.read_bytes() + b"\0")
+    JsonlSink(path, resume_step=5, say=said.append).close()
+    assert (tmp_path / "metrics.jsonl.damaged1").exists(), "the first one is not written over"
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == found
+    assert rows(path) == good[:5]
+
+
+def test_rows_are_counted_those_that_wait_among_them(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path, resume_step=-1, say=[].append)
+    sink.write({"step": 1, "loss": 2.0})
+    with no_room_behind(path, 0):
+        sink.write({"step": 2, "loss": 2.0})
+        sink.write({"step": 3, "loss": 2.0})
+    assert Metrics([sink], print).rows == 3
+    sink.rewind(2)
+    assert sink.rows == 2
+    sink.write({"step": 3, "loss": 2.0})
+    assert sink.rows == len(rows(path)) == 3
+    sink.close()
+    assert Metrics([], print).rows is None
+
+
 @contextmanager
 def no_room_behind(path, room_bytes):
     """As on a full disk: the file may not grow, or only by a part of a row."""
