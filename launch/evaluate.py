@@ -14,7 +14,6 @@ if __name__ == "__main__":
     put_environment_first(os.environ)
     name_process(os.environ)
     let_the_watch_speak(os.environ)
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval would fork a process that has threads of its own
     try:
         main.main(["eval", "run", *sys.argv[1:]], standalone_mode=True)
     except SystemExit as ended:

@@ -18,6 +18,8 @@ from megagpt.errors import MegaGPTError
 @click.group("eval", cls=Commands)
 def eval_group() -> None:
     """Score checkpoints through lm-eval."""
+    # lm-eval bootstraps in forks of a process that has threads of its own, and now and then waits for one for ever.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
 
 
 eval_group.add_command(mt_bench)

@@ -16,6 +16,8 @@ settings.load_profile("megagpt")
 # Tests start several processes on few cores; a process that starts more threads than its share slows all of them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# lm-eval bootstraps in forks of a process that has threads of its own, and now and then waits for one for ever.
+os.environ.setdefault("DISABLE_MULTIPROC", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -68,10 +68,11 @@ CHANGEABLE = {
     "gather_bucket_elements prefetch_elements "
     "keep_gathered_below_elements max_live_elements update_elements shard_within_node extra",
     # What is kept, measured, watched and shown beside training.
-    "checkpoint": "save_every resume fall_back keep_last keep_every asynchronous retry_after max_failed_saves",
+    "checkpoint": "save_every resume fall_back keep_last keep_every asynchronous retry_after max_failed_saves "
+    "verify_before_prune make_room",
     "eval": "every sequences tasks tasks_every tasks_limit tasks_batch_size data",
     "watch": "startup_seconds step_seconds save_seconds eval_seconds on_nonfinite on_spike spike_sigmas spike_window "
-    "max_skips replicas_every slow_every",
+    "max_skips replicas_every slow_every silent_seconds",
     "log": "progress tensorboard wandb_project peak_tflops",
 }
 """Keys that somebody has thought about and found safe to change at a resume. A new key belongs here, with a reason, or
