@@ -91,8 +91,7 @@ def run_job(
             split would be empty ... What was finished stays: mend the cause and run the same command again.
     """
     started = time.perf_counter()
-    if until not in STAGES:
-        raise ConfigError(f"no stage is called {until!r}; the stages are, in this order: {', '.join(STAGES)}")
+    _check_stage(until)
     _check_named_files(job)
     check_tokenizer(job.tokenizer, job.out / TOKENIZER_FOLDER)
     with _system_errors_named(job.out), locked_folder(job.out, _busy(job.out)):
@@ -174,14 +173,20 @@ class _Resolver:
         )
 
 
-def plan_job(job: DataJob) -> str:
+def plan_job(job: DataJob, until: str = LAST_STAGE) -> str:
     """What a run would do, without doing it: shards, stages, what would be reused.
 
     Nothing is written, but that Python documentation which was built before is looked after as in a run.
 
+    Args:
+        job: the configuration.
+        until: the last stage, as of `run_job`.
+
     Raises:
+        ConfigError: there is no such stage.
         DataError: a source has no files.
     """
+    _check_stage(until)
     _check_named_files(job)
     shards, unbuilt = list_without_building(job)
     lines = [f"{job.out}: {len(job.sources)} source(s), {job.workers} {job.executor} worker(s)", ""]
@@ -200,7 +205,7 @@ def plan_job(job: DataJob) -> str:
         with suppress(_StopPlanning):
             run_stages(job, shards, peek)
     last_seen = max((STAGES.index(stage) for stage in peek.seen), default=-1)
-    for number, stage in enumerate(STAGES):
+    for number, stage in enumerate(STAGES[: STAGES.index(until) + 1]):
         n_reused, n_tasks, reason = peek.seen.get(stage, (0, 0, ""))
         if n_tasks:
             known = f"{n_reused} of {n_tasks} task(s) reused" + (f"; {reason}" if reason else "")
@@ -208,6 +213,11 @@ def plan_job(job: DataJob) -> str:
             known = "no tasks" if number < last_seen else "will run; depends on the stages before it"
         lines.append(f"  {stage:<13} {known}")
     return "\n".join(lines) + "\n"
+
+
+def _check_stage(name: str) -> None:
+    if name not in STAGES:
+        raise ConfigError(f"no stage is called {name!r}; the stages are, in this order: {', '.join(STAGES)}")
 
 
 class _StopPlanning(Exception):  # noqa: N818 - not an error

@@ -20,9 +20,9 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from evals.answers import AnswerStore, request_hash
-from evals.decoding import GenerationSettings, Written, generate_texts
+from evals.decoding import GenerationSettings, Written, generate_texts, rows_together
 from evals.encoding import encode_pairs
-from evals.forwards import Answer, PlanRunner
+from evals.forwards import Answer, PlanRunner, slot_bytes
 from evals.prefix_tree import Continuation, cut_in_parts, plan_forwards
 from evals.sharing import Sharing
 from megagpt.errors import EvalError
@@ -215,15 +215,22 @@ class MegaGPTLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         self._resumed(len(texts))
         # Longest first: what runs out of memory does so at once. Similar lengths share a batch.
         asked.sort(key=lambda item: (-len(item[0][1]), item[0][1], item[0][0]))
-        batches = list(_chunks(asked, self.batch_size))
+        alone = (n_parts := self._sharing.n_parts(len(asked))) == 1
+        longest = max((len(tokens) for (_, tokens, _), _ in asked), default=0) + settings.max_new_tokens
+        size = rows_together(-(-len(asked) // n_parts), self.batch_size, longest * slot_bytes(self.model.sizes))
+        batches = list(_chunks(asked, size))
 
         def write(batch: Sequence[tuple[_Prompt, str]]) -> list[Written]:
+            def keep(row: int, one: Written) -> None:
+                if self._answers is not None and self._sharing.keeps_answers:
+                    self._answers.put(batch[row][1], [one.text, one.n_tokens])
+                if alone:
+                    self._advance(1)
+
             rows, names = [tokens for (_, tokens, _), _ in batch], [name for (_, _, name), _ in batch]
-            found = generate_texts(self.model, self.tokenizer, rows, settings, names)
-            if self._answers is not None and self._sharing.keeps_answers:
-                for (_, identity), one in zip(batch, found, strict=True):
-                    self._answers.put(identity, [one.text, one.n_tokens])
-            return found
+            return generate_texts(
+                self.model, self.tokenizer, rows, settings, names, batch_size=self.batch_size, on_written=keep
+            )
 
         for number, written in self._sharing.map(batches, write):
             batch = batches[number]
@@ -231,7 +238,8 @@ class MegaGPTLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
                 texts[index] = one.text
                 self.tokens_computed += len(tokens) + one.n_tokens
                 self.tokens_naive += len(tokens) + one.n_tokens
-            self._advance(len(batch))
+            if not alone:
+                self._advance(len(batch))
         return texts
 
     def _generation_settings(self, request: Instance, arguments: dict[str, Any]) -> GenerationSettings:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from evals.prefix_tree import Continuation, Node, Plan
+from megagpt.model.decoder import DecoderSizes
 from megagpt.model.layers import KVCache
 from megagpt.model.scoring import ScoringModel
 
@@ -20,6 +21,11 @@ SHORT = 64
 
 CPU_TOKENS = 1024
 """Tokens a thread of one forward on a CPU, where rows are many: more, and activations do not stay in its cache."""
+
+
+def slot_bytes(sizes: DecoderSizes) -> int:
+    """Bytes that a token's keys and values take."""
+    return 2 * sizes.n_layer * sizes.n_kv_head * sizes.d_head * 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +70,7 @@ class _Rows:
             self._cache.copy_rows(new, self._above, [parents[row] for row in new])
         for row, parent in enumerate(parents):
             self._parents[row] = parent
-        taken = self._cache.first_rows(len(parents))
+        taken = self._cache.part(slice(len(parents)))
         taken.lengths = [self._above.lengths[parent] for parent in parents]
         return taken
 
@@ -87,8 +93,7 @@ class PlanRunner:
         self._log_probabilities = [[0.0] * each.n_scored for each in continuations]
         self._greedy = [[False] * each.n_scored for each in continuations]
         self._missing = [each.n_scored for each in continuations]
-        sizes = model.sizes
-        self._slot_bytes = 2 * sizes.n_layer * sizes.n_kv_head * sizes.d_head * 4
+        self._slot_bytes = slot_bytes(model.sizes)
         self._cache_bytes = self._level_bytes = cache_bytes
         self._most_tokens = CPU_TOKENS * torch.get_num_threads() if model.device.type == "cpu" else math.inf
 

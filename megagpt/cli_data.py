@@ -32,7 +32,7 @@ def data() -> None:
     help="Where tasks run: this machine, a Ray cluster, Slurm job arrays; else the configuration's `executor`.",
 )
 @click.option("--workers", type=click.IntRange(min=1), help="Tasks at a time; else the configuration's `workers`.")
-@click.option("--stage", metavar="NAME", help="Do everything up to this stage, and stop.")
+@click.option("--stage", metavar="NAME", help="Do everything up to this stage, as --dry-run lists them, and stop.")
 @click.option(
     "--dry-run",
     is_flag=True,
@@ -51,12 +51,11 @@ def data_run(configs: tuple[str, ...], stage: str | None, dry_run: bool, **overr
 
     words = [f"{key}={value}" for key, value in overrides.items() if value is not None]
     job = load_arguments(DataJob, (*configs, *words))
+    until = () if stage is None else (stage,)
     if dry_run:
-        click.echo(plan_job(job))
-    elif stage is None:
-        run_job(job, Console())
+        click.echo(plan_job(job, *until))
     else:
-        run_job(job, Console(), stage)
+        run_job(job, Console(), *until)
 
 
 @data.command(
@@ -156,7 +155,12 @@ def bench() -> None:
     ),
 )
 @click.option("--against", type=click.Choice(["datatrove"]), help="The peer that does the same work.")
-@click.option("--case", "cases", multiple=True, help="One piece of work; all where none is named.")
+@click.option(
+    "--case",
+    "cases",
+    multiple=True,
+    help="One of pages-resiliparse, pages-trafilatura, chain, dedup and tokenize; all where none is named.",
+)
 @click.option("--pages", type=PATH, help="Pages to read (.warc.gz); by default the installed packages' documentation.")
 @click.option("--python", "python", type=PATH, help="Interpreter that has datatrove; by default one is set up.")
 @click.option("--documents", type=click.IntRange(min=100), default=24_000, show_default=True, help="Base documents.")
@@ -185,7 +189,7 @@ def bench_data(**options: Any) -> None:
         "megagpt bench layouts --family llama train.dtype=bf16 model.max_seq_len=1024",
     ),
 )
-@click.option("--layout", "names", multiple=True, help="One layout; all of them where none is named.")
+@click.option("--layout", "names", multiple=True, help="One of those of the table; all of them where none is named.")
 @click.option("--family", type=click.Choice(["gpt2", "llama"]), default="gpt2", show_default=True, help="Of the model.")
 @click.option("--json", "json_file", type=PATH, help="Write the figures there as well.")
 @click.argument("overrides", nargs=-1)

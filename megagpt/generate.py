@@ -2,6 +2,8 @@
 
 Rows of a batch may have prompts of different lengths. They are left-aligned in the cache (see `KVCache`), and a
 finished row leaves the batch, so a row's tokens do not depend on what it is generated together with, but for rounding.
+Prompts are read a few at a time, for their activations take memory; a step of writing has one token a row, or a few,
+and costs hardly more for many rows than for few.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from megagpt.checkpoint.open import Checkpoint, open_checkpoint
 from megagpt.drafts import Drafts
 from megagpt.errors import ConfigError
 from megagpt.model.decoder import Decoder
+from megagpt.model.layers import KVCache
 from megagpt.parallel.decode import ParallelDecoder
 from megagpt.tokenizer import Tokenizer
 
@@ -60,17 +63,19 @@ def generate(
     on_token: OnToken | None = None,
     *,
     row_names: Sequence[str] | None = None,
+    batch_size: int | None = None,
 ) -> list[list[int]]:
     """Continue each prompt.
 
     Args:
         model: on the device that is to be used; it runs in evaluation mode.
-        prompts: token ids, at least one each; they are run as one batch.
+        prompts: token ids, at least one each; all are continued at the same time.
         max_new_tokens: the most tokens a row may get.
         sampling: greedy where None.
         stop_ids: a row ends before the first of these, which is not part of the result.
         on_token: sees every token of the result at once, and may end its row.
         row_names: what a sampled row draws depends on its name; by default its number, "0", "1" ...
+        batch_size: prompts that run through the model together, before all of them are continued; by default all.
 
     Returns:
         The new tokens of each row: fewer than `max_new_tokens` only where the row was ended by one of the above.
@@ -83,11 +88,12 @@ def generate(
     if not prompts or max_new_tokens == 0:
         return results
     chooser = _Chooser(sampling or Sampling(), row_names or [str(row) for row in range(len(prompts))])
+    recorder = _Recorder(results, frozenset(stop_ids), on_token)
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode():
-            _decode(model, prompts, max_new_tokens, chooser, _Recorder(results, frozenset(stop_ids), on_token))
+            _decode(model, prompts, max_new_tokens, batch_size or len(prompts), chooser, recorder)
     finally:
         model.train(was_training)
     return results
@@ -129,29 +135,45 @@ def continue_texts(
 
 
 def _decode(
-    model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int, chooser: _Chooser, recorder: _Recorder
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    batch_size: int,
+    chooser: _Chooser,
+    recorder: _Recorder,
 ) -> None:
-    """The loop: one pass over the prompts, then one token a row or more, until no row is left."""
+    """The loop: the prompts, then one token a row or more, until no row is left."""
     guesses = chooser.is_greedy and model.packing.invariant
     rows = [_Row(number, max_new_tokens, Drafts(prompt if guesses else ())) for number, prompt in enumerate(prompts)]
     cache = model.new_cache(len(prompts), max(map(len, prompts)) + max_new_tokens - 1)
-    logits = model.decode(_block(prompts, model.device), cache, [len(prompt) for prompt in prompts])
+    logits = _read(model, prompts, cache, batch_size)
     while True:
-        tokens, start, going = chooser.choose(logits, [row.number for row in rows]), 0, []
+        tokens, start, ended = chooser.choose(logits, [row.number for row in rows]), 0, []
         for index, row in enumerate(rows):
             n_asked = 1 + len(row.drafts.guess)
             n_right, goes_on = row.take(tokens[start : start + n_asked], recorder)
             cache.lengths[index] -= len(row.drafts.guess) - n_right  # what is behind is overwritten before it is seen
-            going += [index] if goes_on else []
             start += n_asked
-        if not going:
+            ended += [] if goes_on else [index]
+        if len(ended) == len(rows):
             return
-        if len(going) < len(rows):
-            rows = [rows[index] for index in going]
-            cache.keep_rows(going)
+        if ended:
+            rows = [rows[index] for index in cache.drop_rows(ended)]
         inputs = [[row.last, *(row.drafts.next(row.n_left - 1) if guesses else ())] for row in rows]
         counts = [len(each) for each in inputs]
         logits = model.decode(_block(inputs, model.device), cache, counts, counts)
+
+
+def _read(model: Model, prompts: Sequence[Sequence[int]], cache: KVCache, batch_size: int) -> Tensor:
+    """Run the prompts, so many at a time -> logits (B, V) of what follows each."""
+    found = []
+    for start in range(0, len(prompts), batch_size):
+        few = prompts[start : start + batch_size]
+        rows = slice(start, start + len(few))
+        part = cache.part(rows)
+        found.append(model.decode(_block(few, model.device), part, [len(prompt) for prompt in few]))
+        cache.lengths[rows] = part.lengths
+    return torch.cat(found)
 
 
 def _block(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:

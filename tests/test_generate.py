@@ -17,6 +17,7 @@ from megagpt.errors import ConfigError
 from megagpt.generate import Sampling, continue_texts, generate, sample
 from megagpt.model.build import build_model
 from megagpt.model.init import init_weights
+from megagpt.model.layers import KVCache
 from megagpt.model.packed import row_invariant
 from megagpt.tokenizer import open_tokenizer
 
@@ -238,6 +239,46 @@ def test_a_row_that_is_ended_by_its_caller_ends_there_though_more_was_guessed():
     seen = []
     (cut,) = generate(model, [[5, 6]], 100, on_token=lambda _, token: seen.append(token) or len(seen) == 41)
     assert cut == seen == whole[:41]
+
+
+@FAMILIES
+def test_prompts_are_read_a_few_at_a_time_and_continued_together(config, monkeypatch):
+    model = lively(config)
+    model.packing = row_invariant(model.sizes.d_model, torch.get_num_threads())
+    read = []
+    decode = model.decode
+
+    def seen(tokens, cache, n_new, n_wanted=None):
+        if n_wanted is None:
+            read.append(len(n_new))
+        return decode(tokens, cache, n_new, n_wanted)
+
+    together = generate(model, PROMPTS, 25, stop_ids={7})
+    monkeypatch.setattr(model, "decode", seen)
+    assert generate(model, PROMPTS, 25, stop_ids={7}, batch_size=3) == together
+    assert read == [3, 1]
+    assert len({len(row) for row in together}) > 1  # rows end at different steps
+
+
+@given(st.integers(1, 6).flatmap(lambda n: st.tuples(st.just(n), st.sets(st.integers(0, n - 1), max_size=n))))
+def test_rows_that_are_dropped_leave_the_others_as_they_were(case):
+    n, gone = case
+    cache = KVCache(2, (n, 5, 1, 3), like=torch.empty(0))
+    for stored in cache.keys + cache.values:
+        stored.copy_(torch.randn(n, 5, 1, 3))
+    cache.lengths = [1 + row % 5 for row in range(n)]
+    before = [
+        (length, [s[row, :length].clone() for s in cache.keys + cache.values])
+        for row, length in enumerate(cache.lengths)
+    ]
+    kept = cache.drop_rows(sorted(gone))
+    assert sorted(kept) == sorted(set(range(n)) - gone)
+    for place, row in enumerate(kept):
+        length, values = before[row]
+        assert cache.lengths[place] == length
+        assert all(
+            torch.equal(s[place, :length], old) for s, old in zip(cache.keys + cache.values, values, strict=True)
+        )
 
 
 @given(st.lists(st.integers(0, 3), max_size=30), st.integers(0, 5))

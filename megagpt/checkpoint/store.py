@@ -49,8 +49,8 @@ _KINDS = {
     REMOVED: "was being removed",
     DAMAGED: "was set aside; `megagpt checkpoint prune --damaged` removes it",
 }
-_ENDING = re.compile(r"step_.*?(\.tmp|\.removed|\.damaged)\d*", re.ASCII | re.DOTALL)
 """Ending of a name in a folder of checkpoints -> what it says."""
+_ENDING = re.compile(r"step_.*?(\.tmp|\.removed|\.damaged)\d*", re.ASCII | re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,19 +40,32 @@ class KVCache:
         """The most tokens that a row can hold."""
         return self.keys[0].shape[1]
 
-    def keep_rows(self, rows: Sequence[int]) -> None:
-        """Drop every row but these, in this order."""
-        index = torch.tensor(rows, device=self.keys[0].device)
-        self.keys = [keys.transpose(1, 2).index_select(0, index).transpose(1, 2) for keys in self.keys]
-        self.values = [values.transpose(1, 2).index_select(0, index).transpose(1, 2) for values in self.values]
-        self.lengths = [self.lengths[row] for row in rows]
+    def drop_rows(self, gone: Sequence[int]) -> list[int]:
+        """Take rows out; the last of the others move into their places, and the memory is kept.
 
-    def first_rows(self, n_rows: int) -> KVCache:
-        """The same memory, with only the first rows."""
-        part = KVCache(0, (n_rows, *self.keys[0].shape[1:]), like=self.keys[0])
-        part.keys = [keys[:n_rows] for keys in self.keys]
-        part.values = [values[:n_rows] for values in self.values]
-        part.lengths = self.lengths[:n_rows]
+        Returns:
+            Of each row that is left, in its new place: which one it was.
+        """
+        left = len(self.lengths) - len(gone)
+        kept = list(range(left))
+        gaps = [row for row in gone if row < left]
+        moving = [row for row in range(left, len(self.lengths)) if row not in gone]
+        for gap, row in zip(gaps, moving, strict=True):
+            used = self.lengths[row]
+            for stored in self.keys + self.values:
+                stored[gap, :used] = stored[row, :used]
+            kept[gap], self.lengths[gap] = row, used
+        self.keys = [keys[:left] for keys in self.keys]
+        self.values = [values[:left] for values in self.values]
+        self.lengths = self.lengths[:left]
+        return kept
+
+    def part(self, rows: slice) -> KVCache:
+        """The same memory, with only these rows."""
+        part = KVCache(0, (0, *self.keys[0].shape[1:]), like=self.keys[0])
+        part.keys = [keys[rows] for keys in self.keys]
+        part.values = [values[rows] for values in self.values]
+        part.lengths = self.lengths[rows]
         return part
 
     def copy_rows(self, rows: Sequence[int], source: KVCache, source_rows: Sequence[int]) -> None:

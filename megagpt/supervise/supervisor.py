@@ -218,7 +218,7 @@ class Supervisor:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - signal's signature
         """Ask the run to save and stop: its processes do when their launcher has gone."""
-        self._impatient = self._stopping and number == signal.SIGINT
+        self._impatient = self._impatient or (self._stopping and number == signal.SIGINT)
         self._stopping = True
         if self._launcher is not None and self._launcher.poll() is None:
             self._launcher.terminate()

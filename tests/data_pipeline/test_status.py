@@ -146,6 +146,9 @@ def test_the_plan_counts_parquet_rows_and_small_files_exactly(tmp_path: Path):
     plan = plan_job(job)
     assert "  rows: 30,000 documents, about 3.0 MB of text, about 0.7 million tokens before filters" in plan
     assert "  few: 123 documents" in plan
+    assert plan_job(job, "filter").splitlines()[-1].split()[0] == "filter"
+    with pytest.raises(ConfigError, match="no stage is called 'nope'; the stages are, in this order: blocklist"):
+        plan_job(job, "nope")
 
 
 def test_what_is_too_large_to_read_is_estimated_and_says_so(tmp_path: Path):

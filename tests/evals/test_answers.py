@@ -224,3 +224,21 @@ def test_generated_tokens_of_a_killed_evaluation_are_not_computed_again(model, t
     (texts, computed, naive, _), again = found
     assert again == (texts, 0, naive, 3)
     assert computed == naive
+
+
+def test_a_text_is_kept_as_soon_as_it_is_whole_though_others_are_still_written(
+    model, tokenizer, tmp_path: Path
+) -> None:
+    prompts = [generated(text, max_gen_toks=7) for text in TEXT]
+
+    def kill(done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with AnswerStore(tmp_path, "a_task", KEY) as answers, pytest.raises(KeyboardInterrupt):
+        MegaGPTLM(model, tokenizer, max_seq_len=CONTEXT, answers=answers, on_progress=kill).generate_until(prompts)
+    with AnswerStore(tmp_path, "a_task", KEY) as answers:
+        lm = MegaGPTLM(model, tokenizer, max_seq_len=CONTEXT, answers=answers)
+        texts = lm.generate_until(prompts)
+    assert lm.n_resumed == 2
+    assert texts == MegaGPTLM(model, tokenizer, max_seq_len=CONTEXT).generate_until(prompts)

@@ -9,7 +9,8 @@ import torch
 from lm_eval.api.instance import Instance
 
 from evals.backend import MegaGPTLM
-from evals.decoding import GenerationSettings, cut_at_first_stop
+from evals.decoding import TOGETHER, GenerationSettings, cut_at_first_stop, rows_together
+from evals.forwards import CACHE_BYTES
 from megagpt.errors import EvalError
 from megagpt.generate import generate
 from tests.evals.conftest import CONTEXT, TEXT
@@ -128,6 +129,14 @@ def test_answers_come_back_in_the_order_of_the_requests(lm) -> None:
     prompts = [generated(text, max_gen_toks=n) for n in (3, 9) for text in TEXT]
     together = lm.generate_until(prompts)
     assert together == [lm.generate_until([prompt])[0] for prompt in prompts]
+
+
+@pytest.mark.parametrize(
+    ("n_asked", "row_bytes", "expected"),
+    [(1000, 1, TOGETHER), (20, 1, 20), (3, 1, 16), (1000, CACHE_BYTES // 40, 40), (1000, 2 * CACHE_BYTES, 16)],
+)
+def test_as_many_rows_are_written_together_as_memory_holds(n_asked: int, row_bytes: int, expected: int) -> None:
+    assert rows_together(n_asked, batch_size=16, row_bytes=row_bytes) == expected
 
 
 def test_sampling_is_repeatable_and_differs_between_repeats_of_a_prompt(model, tokenizer) -> None:
