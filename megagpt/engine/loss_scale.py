@@ -25,7 +25,7 @@ class LossScale:
         self._scaler = optimizer.loss_scaler
         if self._scaler.dynamic:
             self._scaler.raise_error_at_min_scale = False
-        self._at_start = dict(vars(self._scaler))
+        self._fresh = self._at_start = dict(vars(self._scaler))
 
     @property
     def value(self) -> float:
@@ -73,8 +73,14 @@ class LossScale:
         }
 
     def restore(self, state: Mapping[str, float]) -> None:
-        """The inverse of `state`; a fixed scale stays the configuration's."""
-        if not self._scaler.dynamic or "scaler_iter" not in state:
+        """The inverse of `state`. What another precision has saved has none: then the scale begins anew.
+
+        A fixed scale stays the configuration's.
+        """
+        if not self._scaler.dynamic:
+            return
+        if "scaler_iter" not in state:
+            vars(self._scaler).update(self._fresh)
             return
         self._scaler.cur_scale = state["loss_scale"]
         self._scaler.cur_iter = int(state["scaler_iter"])

@@ -4,8 +4,8 @@ Each layout trains `FIRST` steps, saves, and trains on. Then each of them
 - restores the checkpoints of all, one after the other into one engine, and compares what its ranks hold (fp32 weights,
   both moments, the weights it works with, counters, settings of the groups) with the logical tensors as this file puts
   them together from the writer's files: every ordered pair;
-- goes on from two of them in new engines, to the losses that the writers had without a break;
-- goes on from one of the two after `megagpt checkpoint reshard`, to the last bit of the losses before;
+- goes on from one of them in a new engine, to the losses that the writer had without a break;
+- goes on from the same one after `megagpt checkpoint reshard`, to the last bit of the losses before;
 - restores one state from the files of every layout (those that `reshard` makes, which are byte for byte the ones that
   the layout writes), with a step of training between them, and hashes all that its ranks then hold: the same hash each
   time. It goes on from one of these for all the steps, to the losses that the state's writer had without a break.
@@ -220,8 +220,8 @@ class Matrix:
     layouts: list[Layout]
     writers: dict[str, Shown]
     readers: dict[str, Shown]
-    go_on: dict[str, list[str]]
-    """Reader -> the writers that it went on from."""
+    go_on: dict[str, str]
+    """Reader -> the writer that it went on from."""
     alike: tuple[Written, ...]
     """The state of the first layout in the files of each kind of writer."""
     where: Path
@@ -257,18 +257,18 @@ def all_pairs(layouts: list[Layout], where: Path, last: int = LAST, seconds: flo
         truth = where / "truth" / f"{one.name}.safetensors"
         truth_of(step_dir, truth)
         written[one.name] = Written(one.name, step_dir, truth)
-    go_on = {one.name: _two_writers(index, layouts) for index, one in enumerate(layouts)}
+    go_on = {one.name: _another_writer(one, layouts) for one in layouts}
     alike = one_state(layouts, written[layouts[0].name], where / "alike")
     laid = []
     for one in layouts:
-        first = go_on[one.name][0]
-        reshard(written[first].step_dir, where / "resharded" / one.name, one.world_size, _parallel_words(one))
+        other = written[go_on[one.name]]
+        reshard(other.step_dir, where / "resharded" / one.name, one.world_size, _parallel_words(one))
         step_dir = CheckpointStore(where / "resharded" / one.name / "checkpoints").step_dir(FIRST)
-        resharded = Written("resharded", step_dir, written[first].truth)
+        resharded = Written("resharded", step_dir, other.truth)
         what = one.laid(
             last,
             read=tuple(written.values()),
-            go_on=tuple(written[name] for name in go_on[one.name]),
+            go_on=(other,),
             same=(resharded,),
             alike=alike,
             save_again=where / "again" / one.name,
@@ -281,12 +281,10 @@ def _plain(config):
     return json.loads(config.model_dump_json())
 
 
-def _two_writers(index: int, layouts: list[Layout]) -> list[str]:
-    """Two others of the same precision; over all readers, every writer comes up."""
-    alike = [one.name for one in layouts if one.dtype == layouts[index].dtype]
-    place = alike.index(layouts[index].name)
-    half = max(2, len(alike) // 2)
-    return [alike[(place + 1) % len(alike)], alike[(place + half) % len(alike)]]
+def _another_writer(reader: Layout, layouts: list[Layout]) -> str:
+    """The next of the same precision; over all readers, every writer comes up."""
+    alike = [one.name for one in layouts if one.dtype == reader.dtype]
+    return alike[(alike.index(reader.name) + 1) % len(alike)]
 
 
 def check_state(matrix: Matrix) -> None:
@@ -308,7 +306,7 @@ def check_losses(matrix: Matrix, dtypes: tuple[str, ...], tolerance: float) -> N
             matrix.readers[reader].continued[writer], matrix.writers[writer].losses[FIRST:]
         )
         for reader in matrix.of_dtype(*dtypes)
-        for writer in matrix.go_on[reader]
+        for writer in [matrix.go_on[reader]]
     }
     LOG.info("%s: %d continuations, largest relative difference %.2g", dtypes, len(worst), max(worst.values()))
     assert {pair: value for pair, value in worst.items() if not value < tolerance} == {}
@@ -325,7 +323,7 @@ def check_resharded(matrix: Matrix) -> None:
         assert [(resharded / name).read_bytes() == (own / name).read_bytes() for name in files] == [True] * len(files)
         continued = matrix.readers[one.name].continued
         assert len(continued["resharded"]) == FEW
-        assert continued["resharded"] == continued[matrix.go_on[one.name][0]][:FEW], one.name
+        assert continued["resharded"] == continued[matrix.go_on[one.name]][:FEW], one.name
 
 
 def check_alike(matrix: Matrix, at_least: int) -> None:
