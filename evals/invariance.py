@@ -11,8 +11,8 @@ from megagpt.generate import Model
 from megagpt.model.layers import KVCache
 from megagpt.model.packed import FAST, row_invariant
 
-LENGTHS = (1, 3, 40, 150)
-"""Tokens of the rows that are compared: below and above one block of keys."""
+LENGTHS = (1, 3, 40, 150, 600)
+"""Tokens of the rows that are compared: below and above one chain and one block of keys."""
 
 
 def make_batch_invariant(model: Model) -> bool:

@@ -132,7 +132,7 @@ class Decoder(nn.Module):
 
     def new_cache(self, n_rows: int, n_slots: int) -> KVCache:
         """An empty key-value cache for `n_rows` sequences of at most `n_slots` tokens."""
-        slots = -(-n_slots // self.packing.key_multiple) * self.packing.key_multiple
+        slots = self.packing.slots(n_slots)
         shape = (n_rows, slots, self.sizes.n_kv_head, self.sizes.d_head)
         return KVCache(len(self.blocks), shape, like=self.embedding.tokens.weight.detach())
 

@@ -7,8 +7,9 @@ bit, whatever the row is batched with and however its tokens are split between c
 - Matrix products, norms and activations see a number of packed tokens that is a multiple of 32 a thread. Measured with
   MKL: from there on a row of a product does not depend on the other rows, and no vectorised loop has a tail, whose
   scalar arithmetic would differ.
-- Attention sums over keys in blocks of `KEYS`, from the first one on; blocks that a query does not see add exact zeros.
-  (PyTorch's kernel sums over all keys of the batch at once, and the library below splits that sum by its length.)
+- Attention is PyTorch's fused kernel for CPUs: it sums over keys in blocks of `BLOCK`, from the first one on, and keys
+  that a query does not see add exact zeros. The library below splits a block's sum by its length, so the last block
+  only has lengths that are split at the same places (see `CHAIN`).
 
 That holds for one machine and one number of threads, in fp32 on a CPU; `evals` checks it before it relies on it.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,8 +28,12 @@ from torch.nn import functional as F
 if TYPE_CHECKING:
     from megagpt.model.layers import KVCache
 
-KEYS = 128
-"""Keys of one partial sum."""
+BLOCK = 512
+"""Keys that the fused kernel takes at once (`kv_split_size` of PyTorch's cpu_flash_attention)."""
+CHAIN = 192
+"""Keys that MKL sums without a break. Measured: it breaks sums of 384 or more at 192, but halves those between."""
+KEYS = 32
+"""The last block's keys are a multiple of this: whole vectors."""
 QUERIES = 128
 """Queries that look at the cache together; keys behind the last one's are left out."""
 QUERY_MULTIPLE = 4
@@ -36,8 +42,11 @@ VECTOR = 32
 """Elements that an unrolled vector loop takes at once (two of 16 fp32)."""
 GRAIN = 32768
 """Elements below which PyTorch uses one thread for an elementwise operation (at::internal::GRAIN_SIZE)."""
-SCORE_BYTES = 4 << 20
-"""Memory of one piece of attention weights, in fp32, where a piece has more than one row: it should stay in a cache."""
+SCORE_BYTES = 2 << 20
+"""Memory of a head's attention weights in one piece, in fp32, where a piece has more than one row.
+
+Rows in different pieces look at no more keys than they have; a call for every row costs more where queries are few.
+"""
 
 Look = Callable[[Tensor, Tensor, Tensor, "PackedRows"], Tensor]
 """(B, T, H, D) queries over (B, S, K, D) keys and values -> (B, T, H * D)."""
@@ -51,7 +60,8 @@ class Packing:
     """Their number is filled up to a multiple of this."""
     least: int
     """And to this."""
-    key_multiple: int
+    slots: Callable[[int], int]
+    """Slots that a cache for so many tokens has."""
     look: Look
     invariant: bool
     """A row's numbers do not depend on its batch, nor on how its tokens are split over steps."""
@@ -63,6 +73,19 @@ class Packing:
     def fill(self, x: Tensor) -> Tensor:
         """(n, ...) -> (filled(n), ...), with zeros."""
         return F.pad(x, (0, 0) * (x.ndim - 1) + (0, self.filled(len(x)) - len(x)))
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Queries that look at the cache together."""
+
+    rows: slice
+    columns: slice
+    """Of the block of queries."""
+    n_keys: int
+    """From the first one on."""
+    mask: Tensor
+    """(b or 1, 1, n, n_keys) fp32: 0 where a query looks, else -inf. One for all rows that start alike."""
 
 
 class PackedRows:
@@ -119,11 +142,37 @@ class PackedRows:
         block[self.rows, self.columns] = x[0, : self.n_tokens]
         return block
 
-    def visible(self, rows: slice, first: int, n: int, keys: range) -> Tensor:
-        """(b, 1, n, len(keys)) bool: where query `first + i` of these rows may look."""
-        starts = torch.tensor(self.starts[rows], device=self.device)
-        positions = starts[:, None] + torch.arange(first, first + n, device=self.device)
-        return torch.arange(keys.start, keys.stop, device=self.device) <= positions[:, None, :, None]
+    def visible(self, starts: Sequence[int], n: int, n_keys: int) -> Tensor:
+        """(b, 1, n, n_keys) bool: which keys the queries see that begin at positions `starts`."""
+        positions = torch.tensor(starts, device=self.device)[:, None] + torch.arange(n, device=self.device)
+        return torch.arange(n_keys, device=self.device) <= positions[:, None, :, None]
+
+    @cached_property
+    def pieces(self) -> list[Piece]:
+        """All queries, some rows and some columns at a time; they are the same in every layer."""
+        pieces = []
+        for first in range(0, self.width, QUERIES):
+            starts = [start + first for start in self.starts]
+            counts = [min(QUERIES, end - start) for start, end in zip(starts, self.ends, strict=True)]
+            row = 0
+            while row < len(starts):
+                rows, n, n_keys = range(row, row), 0, 0
+                while rows.stop < len(starts) and counts[rows.stop] > 0:
+                    wider = max(n, -(-counts[rows.stop] // QUERY_MULTIPLE) * QUERY_MULTIPLE)
+                    longer = max(n_keys, _rounded(starts[rows.stop] + counts[rows.stop]))
+                    if rows and 4 * (len(rows) + 1) * wider * longer > SCORE_BYTES:
+                        break
+                    rows, n, n_keys = range(row, rows.stop + 1), wider, longer
+                if rows:
+                    pieces.append(self._piece(rows, first, n, n_keys))
+                row = max(rows.stop, row + 1)
+        return pieces
+
+    def _piece(self, rows: range, first: int, n: int, n_keys: int) -> Piece:
+        starts = [self.starts[row] + first for row in rows]
+        seen = self.visible(starts[:1] if len(set(starts)) == 1 else starts, n, n_keys)
+        mask = torch.zeros(seen.shape, device=self.device).masked_fill_(~seen, float("-inf"))
+        return Piece(slice(rows.start, rows.stop), slice(first, first + n), n_keys, mask)
 
 
 class PackedStep(PackedRows):
@@ -204,58 +253,46 @@ def kept_for(wanted: Tensor, n_new: Sequence[int], width: int) -> list[int]:
 def _look_fast(q: Tensor, keys: Tensor, values: Tensor, step: PackedRows) -> Tensor:
     end = max(step.ends)
     heads_first = (q.transpose(1, 2), keys[:, :end].transpose(1, 2), values[:, :end].transpose(1, 2))
-    visible = step.visible(slice(None), 0, q.shape[1], range(end))
+    visible = step.visible(step.starts, q.shape[1], end)
     grouped = q.shape[2] != keys.shape[2]
     attended = F.scaled_dot_product_attention(*heads_first, attn_mask=visible, enable_gqa=grouped)
     return attended.transpose(1, 2).flatten(2)
 
 
 def _look_invariant(q: Tensor, keys: Tensor, values: Tensor, step: PackedRows) -> Tensor:
-    """In pieces of rows and queries, of bounded memory; each sees the keys up to its own last one's block."""
-    B, T, H, D = q.shape
-    attended = q.new_empty(B, T, H * D)
-    for first in range(0, T, QUERIES):
-        n = min(QUERIES, T - first)
-        start = 0
-        while start < B:
-            n_keys = _rounded(max(step.starts[start:]) + first + n)
-            n_rows = max(1, SCORE_BYTES // (4 * H * n * n_keys))
-            rows = slice(start, min(B, start + n_rows))
-            n_keys = min(n_keys, _rounded(max(step.ends[rows])))
-            seen_by_all = min(n_keys - 1, min(step.starts[rows]) + first)
-            visible = step.visible(rows, first, n, range(seen_by_all, n_keys))
-            found = _blocked(q[rows, first : first + n], keys[rows, :n_keys], values[rows, :n_keys], visible)
-            attended[rows, first : first + n] = found
-            start = rows.stop
+    """Piece by piece; undefined where a row has no query."""
+    attended = q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3])
+    for piece in step.pieces:
+        k, v = (_first_keys(stored[piece.rows], piece.n_keys) for stored in (keys, values))
+        attended[piece.rows, piece.columns] = _look_at(q[piece.rows, piece.columns], k, v, piece.mask)
     return attended
 
 
 def _rounded(n_keys: int) -> int:
-    return -(-n_keys // KEYS) * KEYS
+    """The least number of keys, from this one on, whose last block is summed as a whole block is."""
+    before = (n_keys - 1) // BLOCK * BLOCK
+    last = -(-(n_keys - before) // KEYS) * KEYS
+    return before + (2 * CHAIN if CHAIN < last < 2 * CHAIN else last)
 
 
-def _blocked(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
-    """Softmax(q k^T / sqrt(D)) v, the last product summed block of keys by block of keys.
+def _first_keys(stored: Tensor, n_keys: int) -> Tensor:
+    """(B, S, K, D) -> (B, n_keys, K, D); with zeros behind where a cache was not made by `Packing.slots`."""
+    missing = n_keys - stored.shape[1]
+    return F.pad(stored, (0, 0, 0, 0, 0, missing)) if missing > 0 else stored[:, :n_keys]
 
-    Query heads that share a key head are rows of one product. `visible` is of the last keys, up to a whole block.
-    """
+
+def _look_at(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """(B, T, H, D) over (B, S, K, D) -> (B, T, H * D). Heads that share a key head ask as more queries of one head."""
     B, T, H, D = q.shape
-    n_kv_head, n_keys = keys.shape[2], _rounded(keys.shape[1])
-    batch, shared = B * n_kv_head, H // n_kv_head * T
-    if keys.shape[1] < n_keys:  # a cache whose length is no multiple of the block
-        keys, values = (F.pad(stored, (0, 0, 0, 0, 0, n_keys - stored.shape[1])) for stored in (keys, values))
-    k, v = (stored.transpose(1, 2).reshape(batch, n_keys, D) for stored in (keys, values))
-    grouped = (q * D**-0.5).transpose(1, 2).reshape(batch, shared, D)
-    scores = torch.bmm(grouped, k.transpose(1, 2)).view(B, H, T, n_keys)
-    scores[..., -visible.shape[-1] :].masked_fill_(~visible, float("-inf"))
-    weights = scores.softmax(-1).view(batch, shared, n_keys)
-    summed = torch.bmm(weights[..., :KEYS], v[:, :KEYS])
-    for start in range(KEYS, n_keys, KEYS):
-        summed.baddbmm_(weights[..., start : start + KEYS], v[:, start : start + KEYS])
-    return summed.view(B, H, T, D).transpose(1, 2).flatten(2)
+    n_kv_head = keys.shape[2]
+    shared = H // n_kv_head
+    asking = q.view(B, T, n_kv_head, shared, D).permute(0, 2, 3, 1, 4).reshape(B, n_kv_head, shared * T, D)
+    mask = mask if shared == 1 else mask.repeat(1, 1, shared, 1)
+    found = F.scaled_dot_product_attention(asking, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask)
+    return found.view(B, n_kv_head, shared, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H * D)
 
 
-FAST = Packing(multiple=1, least=1, key_multiple=1, look=_look_fast, invariant=False)
+FAST = Packing(multiple=1, least=1, slots=int, look=_look_fast, invariant=False)
 
 
 def row_invariant(d_model: int, n_threads: int) -> Packing:
@@ -268,4 +305,4 @@ def row_invariant(d_model: int, n_threads: int) -> Packing:
     """
     multiple = VECTOR * n_threads
     least = multiple if n_threads <= 2 else -(-GRAIN * (n_threads - 1) // d_model) + 1
-    return Packing(multiple, least, KEYS, _look_invariant, invariant=True)
+    return Packing(multiple, least, _rounded, _look_invariant, invariant=True)

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 LOGIT_BYTES = 64 << 20
 """Most memory that the logits of one projection may take, in double precision."""
 
+EXP_BYTES = 1 << 20
+"""Memory of exponentials that are summed together on a CPU: they should stay in its cache."""
+
 
 class ScoringModel(Protocol):
     """A whole model, or one that several processes share and all ask the same things at the same time."""
@@ -65,13 +68,17 @@ def score_logits(logits: Tensor, rows: Tensor, targets: Tensor) -> tuple[Tensor,
     fp32 logits are summed in double precision: rounded at the end, the sum does not depend on its order, nor on how a
     vocabulary is cut over processes (but for one value in about 10^8).
     """
-    greedy = logits.argmax(dim=-1)[rows] == targets
-    if logits.dtype == torch.float32:
-        logits = logits.double()
-        logits -= logits.amax(dim=-1, keepdim=True)
-        at_target = logits[rows, targets]
-        return (at_target - logits.exp_().sum(dim=-1).log()[rows]).float(), greedy
-    return logits.float().log_softmax(dim=-1)[rows, targets], greedy
+    if logits.dtype != torch.float32:
+        greedy = logits.argmax(dim=-1)[rows] == targets
+        return logits.float().log_softmax(dim=-1)[rows, targets], greedy
+    largest, at_target = logits.amax(dim=-1), logits[rows, targets]
+    greedy = at_target == largest[rows]
+    equal = greedy.nonzero()[:, 0]  # the only ones that need an argmax, which takes a quarter of the time on a CPU
+    greedy[equal] = logits[rows[equal]].argmax(dim=-1) == targets[equal]
+    n_rows = max(1, EXP_BYTES // (8 * logits.shape[-1])) if logits.device.type == "cpu" else len(logits)
+    pieces = zip(torch.split(logits, n_rows), torch.split(largest[:, None], n_rows), strict=True)
+    sums = torch.cat([some.double().sub_(most).exp_().sum(dim=-1) for some, most in pieces])
+    return (at_target.double() - largest[rows] - sums.log()[rows]).float(), greedy
 
 
 def score_targets(

@@ -74,7 +74,7 @@ class ParallelDecoder(nn.Module):
 
     def new_cache(self, n_rows: int, n_slots: int) -> KVCache:
         """As `Decoder.new_cache`, for this process's blocks and heads."""
-        slots = -(-n_slots // self.packing.key_multiple) * self.packing.key_multiple
+        slots = self.packing.slots(n_slots)
         heads = max(1, self.sizes.n_kv_head // self.mesh.tensor)
         n_layer = max(1, sum(len(leg.blocks) for leg in self.legs))  # a stage may hold the head alone
         return KVCache(n_layer, (n_rows, slots, heads, self.sizes.d_head), like=self.weight.detach())
