@@ -67,7 +67,7 @@ def _score_together(model: Model, rows: Sequence[Sequence[int]], n_scored: int |
 
 def _score_in_two(model: Model, row: Sequence[int]) -> torch.Tensor:
     n = len(row) - 1
-    cut = n // 3
+    cut = min(n - 1, n // 3 | 1)  # odd: a library may take rows of a product in pairs (MKL does for heads of 6 or 10)
     cache = model.new_cache(1, max(1, cut))
     first = _score(model, [row[: cut + 1]], cache) if cut else torch.empty(0, device=model.device)
     return torch.cat((first, _score(model, [row[cut:]], cache.expanded([0], n) if cut else model.new_cache(1, n))))

@@ -15,7 +15,7 @@ from evals.prefix_tree import Continuation, cut_in_parts, plan_forwards
 from megagpt.data.indexed import TokenFileWriter
 from megagpt.model.decoder import Decoder
 from megagpt.model.packed import FAST
-from tests.evals.conftest import CONFIGS, CONTEXT, TEXT, VOCAB_SIZE, random_model
+from tests.evals.conftest import CONFIGS, CONTEXT, TEXT, VOCAB_SIZE, random_model, scaled_up
 from tests.evals.test_backend import generated, scored
 
 
@@ -49,6 +49,22 @@ def test_scores_are_the_same_at_any_batch_size_with_and_without_sharing(tokenize
             assert len({value for value, _ in found[0]}) > 10
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("d_head", [6, 10, 16])
+def test_what_is_called_row_invariant_is_so_wherever_a_row_is_cut(d_head: int) -> None:
+    """MKL takes the rows of a product with 6 or 10 columns in pairs: a row's place in its pair decides its bits."""
+    model, _ = scaled_up("gpt2", d_model=2 * d_head)
+    if not make_batch_invariant(model):
+        assert model.packing is FAST
+        return
+    row = torch.randint(VOCAB_SIZE, (1, CONTEXT), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        whole = model.decode(row, model.new_cache(1, CONTEXT), [CONTEXT], [CONTEXT])
+        for cut in (1, 2, 31, 64, 101, CONTEXT - 1):
+            cache, sizes = model.new_cache(1, CONTEXT), (cut, CONTEXT - cut)
+            parts = [model.decode(part, cache, [n], [n]) for part, n in zip(row.split(sizes, 1), sizes, strict=True)]
+            assert torch.equal(torch.cat(parts), whole), cut
 
 
 def answers(model: Decoder, continuations: list[Continuation], batch_size: int, cache_bytes: int) -> dict:

@@ -74,6 +74,21 @@ def test_bits_do_not_depend_on_the_batch_nor_on_where_the_cache_ends_nor_on_piec
     assert scores(model, rows(), [3, 100, 0, 127]) == together
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=["gpt2", "llama"])
+def test_bits_are_the_same_wherever_the_fused_kernel_ends_a_block_or_the_library_a_sum(config) -> None:
+    """Rows that end beside those places, each alone, behind caches that end there too, and beside a longer row."""
+    model = build_model(config.model_copy(update={"max_seq_len": 1000, "d_model": 64}))
+    init_weights(model, seed=3)
+    model.packing = row_invariant(64, torch.get_num_threads())
+    generator = torch.Generator().manual_seed(1)
+    long = torch.randint(61, (960,), generator=generator).tolist()
+    (expected,) = scores(model, [long], [0])
+    for n in (192, 193, 224, 383, 384, 385, 512, 513, 704, 705, 895, 897):
+        row = long[: n + 1]
+        assert scores(model, [row], [0]) == [expected[:n]], n
+        assert scores(model, [row, long], [n - 4, n - 1]) == [expected[:n], expected], n
+
+
 def test_a_target_is_greedy_where_no_token_is_more_probable(model) -> None:
     tokens = torch.tensor([rows()[0][:-1]])
     with torch.inference_mode():
