@@ -70,7 +70,7 @@ class MegaGPTLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             model: the decoder, whole or shared by processes that all ask the same.
             tokenizer: the one it was trained with.
             max_seq_len: longest input, in tokens.
-            batch_size: sequences a forward pass.
+            batch_size: sequences a forward pass; more of short ones (`evals.forwards`) and of those being written.
             share_prefixes: whether what inputs have in common at the beginning runs once.
             answers: what an earlier evaluation of the same left, and where answers are kept until the task is done.
             on_progress: told how many requests of the present kind are answered, and of how many.
