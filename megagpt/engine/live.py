@@ -50,6 +50,11 @@ class GatheredDecoder(ParallelDecoder):
     still has one to do: one small all-reduce. Those that have not run the modules on a token that nobody reads.
     """
 
+    def new_cache(self, n_rows: int, n_slots: int) -> KVCache:
+        """As its base. Parts of it share its memory: it must not be copied when it is written to."""
+        with torch.inference_mode(mode=False):
+            return super().new_cache(n_rows, n_slots)
+
     def decode(
         self, tokens: Tensor, cache: KVCache, n_new: Sequence[int], n_wanted: Sequence[int] | None = None
     ) -> Tensor:
