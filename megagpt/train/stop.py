@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+from collections.abc import Callable
 from types import FrameType
 
 import psutil
@@ -16,19 +18,19 @@ class StopRequest:
     A second Ctrl-C interrupts at once.
 
     `deepspeed` starts `launch.py`, which starts the ranks; a SIGTERM to the first ends it without a word to the others,
-    and the ranks would train on unseen.
+    and the ranks would train on unseen. It may have ended before the ranks come to look.
     """
 
     def __init__(self) -> None:
         self._signalled = False
-        self._launcher = _deepspeed_above()
+        self._launcher_gone = _look_at_deepspeed()
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._on_signal)
 
     @property
     def requested(self) -> bool:
         """Whether to save and stop."""
-        return self._signalled or (self._launcher is not None and not _alive(self._launcher))
+        return self._signalled or self._launcher_gone()
 
     @property
     def cause(self) -> str:
@@ -41,13 +43,30 @@ class StopRequest:
             signal.signal(number, signal.default_int_handler)
 
 
-def _deepspeed_above() -> psutil.Process | None:
-    """The `deepspeed` process two above this one, on the host where it runs; None under any other launcher."""
-    ancestors = psutil.Process().parents()
-    if len(ancestors) < 2 or not any("deepspeed.launcher.launch" in word for word in _words(ancestors[0])):
-        return None
-    is_deepspeed = any(word.endswith("/deepspeed") or word == "deepspeed" for word in _words(ancestors[1]))
-    return ancestors[1] if is_deepspeed else None
+def _look_at_deepspeed() -> Callable[[], bool]:
+    """Tells whether the `deepspeed` two above this process, on the host where it runs, has ended.
+
+    Under any other launcher, and on the other hosts, there is none that could.
+    """
+    this = psutil.Process()
+    above = this.parents()
+    if above and any("deepspeed.launcher.launch" in word for word in _words(above[0])):
+        starter = above[1] if len(above) > 1 else None
+        if starter is not None and any(word == "deepspeed" or word.endswith("/deepspeed") for word in _words(starter)):
+            return lambda: not _alive(starter)
+        was_orphaned = _is_orphan(above[0])
+    else:  # launch.py alone names a process so
+        was_orphaned = any(word.startswith("--local_rank=") for word in _words(this)) and _is_orphan(this)
+    return lambda: was_orphaned
+
+
+def _is_orphan(process: psutil.Process) -> bool:
+    """Whether the process that started it has ended: its session is neither its own nor that of its parent now."""
+    try:
+        session = os.getsid(process.pid)
+        return session not in (process.pid, os.getsid(process.ppid()))
+    except (psutil.NoSuchProcess, ProcessLookupError):
+        return True
 
 
 def _alive(process: psutil.Process) -> bool:

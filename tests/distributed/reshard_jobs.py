@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import torch
 import xxhash
-from safetensors import safe_open
+from safetensors.torch import load_file
 
 from megagpt.checkpoint.tensors import WEIGHT, TensorSlice
 from megagpt.config.schema import TrainingRun
@@ -156,25 +157,29 @@ def _read_all(laid: Laid, mesh: Mesh, found: Shown) -> None:
     engine = engine_for(laid.config, mesh)
     for written in laid.read:
         state, n_bytes = restore(engine, written.step_dir)
-        with safe_open(written.truth, framework="pt") as truth:
-            mine = [*_wrong_slices(engine, truth), *_wrong_weights(engine, truth), *_wrong_counters(engine, state)]
-            mine += _wrong_settings(engine, laid.config)
-            everything = {key: truth.get_slice(key).get_shape() for key in truth.keys()}  # noqa: SIM118
-        numels = mesh.gather({f"{part.name}|{kind}": v.numel() for part in engine.owned_slices()
-                              for kind, v in part.values.items()})  # fmt: skip
-        for key, shape in everything.items():
-            if sum(rank.get(key, 0) for rank in numels) != torch.Size(shape).numel():
+        truth, parts = _truth(written.truth), list(engine.owned_slices())
+        mine = [*_wrong_slices(parts, truth), *_wrong_weights(engine, truth), *_wrong_counters(engine, state)]
+        mine += _wrong_settings(engine, laid.config)
+        numels = mesh.gather({f"{part.name}|{kind}": v.numel() for part in parts for kind, v in part.values.items()})
+        for key, whole in truth.items():
+            if sum(rank.get(key, 0) for rank in numels) != whole.numel():
                 mine.append(f"{key}: the ranks together do not hold it once")
         found.differing[written.name] = sorted({problem for rank in mesh.gather(mine) for problem in rank})
         found.bytes_read[written.name] = mesh.gather(n_bytes)
     found.bytes_held = mesh.gather(_bytes_held(engine))
 
 
-def _wrong_slices(engine: Engine, truth: safe_open) -> Iterator[str]:
+@cache
+def _truth(path: Path) -> dict[str, torch.Tensor]:
+    """Each layout of a group looks at it."""
+    return load_file(path)
+
+
+def _wrong_slices(parts: list[TensorSlice], truth: dict[str, torch.Tensor]) -> Iterator[str]:
     """fp32 weights and moments that a process would write, beside the part of the whole that they stand for."""
-    for part in engine.owned_slices():
+    for part in parts:
         for kind, values in part.values.items():
-            expected = _expected(part, truth.get_tensor(f"{part.name}|{kind}"))
+            expected = _expected(part, truth[f"{part.name}|{kind}"])
             if not torch.equal(values.cpu().view(torch.int32), expected.view(torch.int32)):
                 yield f"{part.name}|{kind} from {part.start} on"
 
@@ -184,11 +189,11 @@ def _expected(part: TensorSlice, whole: torch.Tensor) -> torch.Tensor:
     return held.flatten()[part.start : part.start + part.values[WEIGHT].numel()].contiguous()
 
 
-def _wrong_weights(engine: Engine, truth: safe_open) -> Iterator[str]:
+def _wrong_weights(engine: Engine, truth: dict[str, torch.Tensor]) -> Iterator[str]:
     """What forward and backward work with, in the run's precision."""
     model = engine.model
     for name, parameter in model.named_parameters():
-        whole = truth.get_tensor(f"{model.logical_name(name)}|{WEIGHT}")
+        whole = truth[f"{model.logical_name(name)}|{WEIGHT}"]
         shard = model.shards.get(name)
         held = (shard.cut(whole) if shard is not None else whole).to(engine.dtype).flatten()
         values = parameter.detach().flatten()

@@ -36,7 +36,7 @@ from megagpt.checkpoint.reshard import reshard
 from megagpt.checkpoint.store import CheckpointStore, read_manifest
 from megagpt.checkpoint.tensors import rank_file
 from megagpt.cli import main
-from megagpt.config.schema import TrainingRun
+from megagpt.config.schema import ParallelSection, TrainingRun
 from megagpt.parallel.legal import allowed_layouts
 from megagpt.parallel.plan import is_legal
 from tests.distributed.layouts import relative
@@ -100,21 +100,22 @@ def quick(config: TrainingRun, world_size: int) -> TrainingRun:
 
 
 def plain_layouts(where, tokens, family="gpt2", most=4) -> list[Layout]:
-    """All of 1, 2 and 4 processes that the product's own table allows, of degrees up to 2, in fp32.
-
-    With the sequence cut over the tensor group too the same tensors lie in the same places: at one ZeRO stage.
-    """
+    """All of 1, 2 and 4 processes that the product's own table allows, of degrees up to 2, in fp32."""
     found = []
     for world_size in (1, 2, 4)[: most.bit_length()]:
         base = layout(where, tokens, "base", world_size, family=family)
         for config in allowed_layouts(base.config, world_size):
             parallel = config.parallel
-            once = not parallel.tensor_sequence or parallel.zero_stage == 1
-            if once and max(parallel.tensor, parallel.pipeline, parallel.sequence) <= 2:
+            if max(parallel.tensor, parallel.pipeline, parallel.sequence) <= 2 and not lies_as_another(parallel):
                 degrees = f"pp{parallel.pipeline}sp{parallel.sequence}tp{parallel.tensor}"
                 name = f"{world_size}-{degrees}{'ts' * parallel.tensor_sequence}-zero{parallel.zero_stage}"
                 found.append(Layout(name, quick(config, world_size), world_size))
     return found
+
+
+def lies_as_another(parallel: ParallelSection) -> bool:
+    """With the sequence cut over the tensor group too the same tensors lie in the same places: at one ZeRO stage."""
+    return parallel.tensor_sequence and parallel.zero_stage != 1
 
 
 def other_layouts(where, tokens) -> list[Layout]:
@@ -152,7 +153,7 @@ def muon_layouts(where, tokens) -> list[Layout]:
         base = layout(where, tokens, "base", world_size, "optim.name=muon")
         for config in allowed_layouts(base.config, world_size):
             parallel = config.parallel
-            if max(parallel.tensor, parallel.sequence) <= 2:
+            if max(parallel.tensor, parallel.sequence) <= 2 and not lies_as_another(parallel):
                 name = f"muon-{world_size}-sp{parallel.sequence}tp{parallel.tensor}{'ts' * parallel.tensor_sequence}"
                 found.append(Layout(f"{name}-zero{parallel.zero_stage}", quick(config, world_size), world_size))
     return found
