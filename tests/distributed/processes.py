@@ -5,6 +5,7 @@ The fork server only imports; it runs no tensor operation, so that nothing of to
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -89,6 +90,7 @@ def train_command(words: list[str]) -> int:
 
 
 def _run(function: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, port: int, log: str) -> None:
+    gc.freeze()  # what was imported, half a second's walk: DeepSpeed collects several times for each engine
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(world_size),
