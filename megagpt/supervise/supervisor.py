@@ -21,9 +21,8 @@ from megagpt.checkpoint.store import CheckpointStore
 from megagpt.errors import MegaGPTError, RunBusy, SaveFailed, SystemFailed, TrainingDiverged, TrainingHung, of_system
 from megagpt.supervise.leftovers import clear_away
 from megagpt.train.events import count_ends, log_event
+from megagpt.train.stop import STOPPED
 
-STOPPED = 128 + signal.SIGTERM
-"""Exit code where a stop was asked for and the run did not say that it had saved."""
 FINAL_CODES = (MegaGPTError.exit_code, TrainingDiverged.exit_code)
 """The same command would end with them again: what it says is to be mended first."""
 

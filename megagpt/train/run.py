@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -51,7 +51,7 @@ from megagpt.train.rows import METRICS, make_durable
 from megagpt.train.schedule import lr_schedule
 from megagpt.train.start import COLLECTIVE_TIMEOUT, process_store, start_mesh
 from megagpt.train.state import TrainState
-from megagpt.train.stop import StopRequest
+from megagpt.train.stop import StopRequest, look_at_deepspeed
 from megagpt.train.watch import Watch, collective_timeout, save_timeout
 
 INTERRUPTED = 128 + signal.SIGINT
@@ -105,25 +105,29 @@ def run_training(
 ) -> None:
     """Train one run to its end: data, mesh, model, engine, state, loop."""
     busy = RunBusy(f"{config.run.dir}: another process trains here; wait for it to end, or set another run.dir")
-    with Watch(config.watch, config.run.dir, launch.rank) as watch, ExitStack() as held:
+    launcher_gone = look_at_deepspeed()
+    watching = Watch(config.watch, config.run.dir, launch.rank, launcher_gone=launcher_gone)
+    with watching as watch, ExitStack() as held:
         mixture = open_mixture(config.data.train, plan.seq_len, config.run.seed)
         tokenizer = check_tokens(config, mixture)
         mesh = start_mesh(launch, config.parallel, collective_timeout(config.watch, COLLECTIVE_TIMEOUT))
         watch.join(process_store(), mesh.gather(Member.of_this_process(mesh.rank)))
         mesh.on_main(lambda: held.enter_context(locked_folder(config.run.dir, busy)))
         benchmarks = mesh.together(lambda: open_benchmarks(config, tokenizer, mesh, opener))
-        _train_in_folder(config, Opened(plan, mixture, tokenizer, benchmarks), mesh, console, watch)
+        opened = Opened(plan, mixture, tokenizer, benchmarks, launcher_gone)
+        _train_in_folder(config, opened, mesh, console, watch)
     torch.distributed.destroy_process_group()
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """What a run reads, before there is a model."""
+    """What a run has before there is a model."""
 
     plan: BatchPlan
     mixture: Mixture
     tokenizer: Tokenizer | None
     benchmarks: Benchmarks | None
+    launcher_gone: Callable[[], bool]
 
 
 def _train_in_folder(config: TrainingRun, opened: Opened, mesh: Mesh, console: Console, watch: Watch) -> None:
@@ -141,7 +145,7 @@ def _train_in_folder(config: TrainingRun, opened: Opened, mesh: Mesh, console: C
     mesh.on_main(lambda: _write_run_files(config, plan, engine, identity))
     progress = ProgressLine(console, config.train.max_steps, state.step, shown=mesh.is_main and config.log.progress)
     metrics, cut_off = mesh.together(lambda: _open_metrics(config, state, mesh, progress.say))
-    stop = StopRequest()
+    stop = StopRequest(opened.launcher_gone)
     told = {"world_size": plan.world_size} | ({"changed": changes} if changes else {})
     mesh.on_main(lambda: log_start(config.run.dir, state.step, cut_off, **told))
     with progress, closing(metrics), _saver(config, engine, store, identity, progress, watch) as saver:

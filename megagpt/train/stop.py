@@ -10,6 +10,8 @@ from types import FrameType
 import psutil
 
 ASKED, LAUNCHER_GONE = "asked to", "the launcher had ended"
+STOPPED = 128 + signal.SIGTERM
+"""Exit code where a stop was asked for and nothing was saved, or nobody has said so."""
 
 
 class StopRequest:
@@ -17,13 +19,13 @@ class StopRequest:
 
     A second Ctrl-C interrupts at once.
 
-    `deepspeed` starts `launch.py`, which starts the ranks; a SIGTERM to the first ends it without a word to the others,
-    and the ranks would train on unseen. It may have ended before the ranks come to look.
+    Args:
+        launcher_gone: from `look_at_deepspeed`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, launcher_gone: Callable[[], bool]) -> None:
         self._signalled = False
-        self._launcher_gone = _look_at_deepspeed()
+        self._launcher_gone = launcher_gone
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._on_signal)
 
@@ -43,10 +45,12 @@ class StopRequest:
             signal.signal(number, signal.default_int_handler)
 
 
-def _look_at_deepspeed() -> Callable[[], bool]:
+def look_at_deepspeed() -> Callable[[], bool]:
     """Tells whether the `deepspeed` two above this process, on the host where it runs, has ended.
 
-    Under any other launcher, and on the other hosts, there is none that could.
+    It starts `launch.py`, which starts the ranks; a SIGTERM to the first ends it without a word to the others, and the
+    ranks would train on unseen. It may have ended before a rank comes to look. Under any other launcher, and on the
+    other hosts, there is none that could.
     """
     this = psutil.Process()
     above = this.parents()

@@ -18,7 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -33,6 +33,7 @@ from megagpt.errors import MegaGPTError, TrainingHung
 from megagpt.train.beats import BEAT_SECONDS, Beats, Member, Report
 from megagpt.train.events import log_event
 from megagpt.train.stacks import Place, dump_stacks, main_thread_place, place_of
+from megagpt.train.stop import LAUNCHER_GONE, STOPPED
 from megagpt.train.verdict import Verdict, judge, lost
 
 Phase = Literal["startup", "step", "save", "eval"]
@@ -97,12 +98,19 @@ class Watch:
         run_dir: stacks and events go here.
         rank: this process's.
         end: how the process is ended.
+        launcher_gone: asked during the start, when there is nothing to save: the process ends where it is true.
     """
 
     def __init__(
-        self, settings: WatchSection, run_dir: Path, rank: int, end: Callable[[int], object] = os._exit
+        self,
+        settings: WatchSection,
+        run_dir: Path,
+        rank: int,
+        end: Callable[[int], object] = os._exit,
+        launcher_gone: Callable[[], bool] = lambda: False,
     ) -> None:
         self._settings, self._run_dir, self._rank, self._end = settings, run_dir, rank, end
+        self._launcher_gone = launcher_gone
         self._now: tuple[Phase, int, str, float] = ("startup", 0, "", time.monotonic())
         self._marks = 0
         self._writer: _Writer | None = None
@@ -199,6 +207,10 @@ class Watch:
 
     def _watch(self) -> None:
         while not self._closed.wait(_LOOK_SECONDS):
+            if self._now[0] == "startup" and self._launcher_gone():
+                sys.stderr.write(f"rank {self._rank}: {LAUNCHER_GONE} during the start; nothing was to be saved\n")
+                self._kill_stopped([process for _, process in self._neighbours])
+                self._end(STOPPED)
             reason = self._overdue() or self._writer_overdue() or self._trouble()
             if reason:
                 self._alarm(reason)
@@ -333,12 +345,17 @@ class Watch:
             self._tell(reason, reports, verdict)
         if self._rank == min(heard):
             self._log(reason, verdict)
-        for member, process in self._neighbours:
-            # What cannot end itself: a stopped process takes no signal but this one, and launchers give up before.
-            if member.rank in unable and _status(process) == psutil.STATUS_STOPPED:
-                process.kill()
+        self._kill_stopped([process for member, process in self._neighbours if member.rank in unable])
         if self._rank == 0 and self._beats is not None:
             time.sleep(BEAT_SECONDS)  # it holds the store, which the others may still read
+
+    @staticmethod
+    def _kill_stopped(processes: Sequence[psutil.Process]) -> None:
+        """What cannot end itself: a stopped process takes no signal but this one, and launchers give up before."""
+        for process in processes:
+            if _status(process) == psutil.STATUS_STOPPED:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
 
     def _unable(self) -> dict[int, str]:
         """Neighbours that cannot report, and why."""

@@ -114,6 +114,19 @@ def _preempted(fault: Fault) -> None:
     _in_writer(lambda _: time.sleep(SLOW))(Fault("", fault.rank, 1))
 
 
+def _preempted_at_start(fault: Fault) -> None:
+    """The supervisor is asked to stop before there is an engine; a rank is stopped then, and the others wait for it."""
+    import psutil
+
+    from megagpt.train import run
+
+    def work(_: Any) -> None:
+        psutil.Process().parents()[2].terminate()
+        _stop(None)
+
+    before(run, "build_engine", fault, work)
+
+
 def _without_group(fault: Fault) -> None:
     """A collective of the thread that writes fails: the first one after its file."""
     import threading
@@ -332,6 +345,7 @@ FAULTS: dict[str, Callable[[Fault], None]] = {
     "stopped in writer": _in_writer(_stop),
     "killed in writer": _in_writer(lambda _: os.kill(os.getpid(), signal.SIGKILL)),
     "preempted": _preempted,
+    "preempted at start": _preempted_at_start,
     "sleeps in publish": _in_publish,
     "loses the group of saves": _without_group,
     "gives no sign of life": _without_beats,

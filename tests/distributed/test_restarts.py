@@ -7,10 +7,12 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 
 import psutil
 import pytest
 
+from megagpt.train.stop import STOPPED
 from tests.distributed.processes import start, train_command
 from tests.distributed.runs import metric_rows
 from tests.distributed.test_launcher import LAUNCHER, ROOT
@@ -122,6 +124,18 @@ def test_a_preemption_saves_that_step_before_an_evaluation_that_is_due(tmp_path,
     assert "step 4: validation left out because of the stop" in told
     events = [json.loads(line)["event"] for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     assert events == ["started", "saved", "stopped"]
+
+
+def test_a_preemption_during_the_start_ends_ranks_that_wait_for_another(tmp_path, tokens):
+    """Nothing was to be saved, and nobody knows for how long they would wait."""
+    began = time.monotonic()
+    code, told = supervise(tmp_path, "preempted at start", 2, 1, 1, run_words(tmp_path / "run", tokens))
+    assert code == STOPPED, told
+    assert "rank 0: the launcher had ended during the start; nothing was to be saved" in told
+    assert time.monotonic() - began < 45
+    assert not (tmp_path / "run" / "events.jsonl").exists()
+    here = str(tmp_path)
+    assert [one.pid for one in psutil.process_iter(["cmdline"]) if here in " ".join(one.info["cmdline"] or ())] == []
 
 
 @pytest.mark.parametrize("killed", ["deepspeed.launcher.launch", "bin/deepspeed"])

@@ -26,8 +26,8 @@ import psutil
 import pytest
 
 from megagpt.checkpoint.store import CheckpointStore, verify_checkpoint
-from megagpt.supervise.supervisor import STOPPED
 from megagpt.train.events import goodput
+from megagpt.train.stop import STOPPED
 from tests.distributed.processes import start, train_command
 from tests.distributed.test_resume import files_of, published, rows, step_dir, wait_until
 from tests.tiny import run_words

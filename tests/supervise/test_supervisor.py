@@ -16,8 +16,8 @@ import pytest
 
 from megagpt.errors import ConfigError, RunBusy, SystemFailed
 from megagpt.supervise.leftovers import processes_of, save_grace
-from megagpt.supervise.supervisor import STOPPED, Patience, Supervisor, cause_of
-from megagpt.train.stop import ASKED, LAUNCHER_GONE
+from megagpt.supervise.supervisor import Patience, Supervisor, cause_of
+from megagpt.train.stop import ASKED, LAUNCHER_GONE, STOPPED
 
 LAST_STEP = 90
 # Does what the next line of a file says: saves a step, leaves a process behind, waits, ends.

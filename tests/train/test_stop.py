@@ -19,7 +19,7 @@ RANK = """
 import json, sys, time
 from pathlib import Path
 import psutil
-from megagpt.train.stop import StopRequest
+from megagpt.train.stop import StopRequest, look_at_deepspeed
 
 where = Path(sys.argv[-1])
 above = {("launch.py" if "deepspeed.launcher.launch" in one.cmdline() else "deepspeed"): one.pid
@@ -28,7 +28,7 @@ above = {("launch.py" if "deepspeed.launcher.launch" in one.cmdline() else "deep
 (where / "pids.tmp").rename(where / "pids")
 while not (where / "go").exists():
     time.sleep(0.01)
-request = StopRequest()
+request = StopRequest(look_at_deepspeed())
 (where / "said.tmp").write_text(json.dumps([request.requested, request.cause]))
 (where / "said.tmp").rename(where / "said")
 """
@@ -38,7 +38,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 @pytest.fixture
 def request_to_stop():
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    yield StopRequest()
+    yield StopRequest(lambda: False)
     for number, handler in before.items():
         signal.signal(number, handler)
 
