@@ -62,7 +62,8 @@ class Watched:
 
     def start(self, steps: int) -> None:
         port = str(20_000 + os.getpid() % 20_000)
-        options = ["--restarts", "5", "--wait", "0.5", "--processes", "2", "--launcher-args", f"--master_port {port}"]
+        # Faults may fall into many starts in a row, and to give up then is right (and tested elsewhere).
+        options = ["--restarts", "100", "--wait", "0.5", "--processes", "2", "--launcher-args", f"--master_port {port}"]
         with self._log.open("ab") as out:
             self.process = subprocess.Popen(
                 [MEGAGPT, "train", *options, *self._words, f"train.max_steps={steps}"],
