@@ -273,7 +273,7 @@ class Watch:
             self._about_writer = True
             return f"save at step {writer.step}: the ranks cannot agree on it any more", _FAILED_WRITER_SECONDS
         limit = self._settings.silent_seconds
-        if limit and beats.silent_for() > limit and not _alive(self._host_of_store()):
+        if limit and beats.silent_for() > limit and not _goes_on(self._host_of_store()):
             words = f"the store of the process group, in rank 0 or its launcher, has not answered for {limit:.0f} s"
             return f"{words} (limit {limit:.0f} s, watch.silent_seconds)", _GRACE_SECONDS
         if limit and beats.quiet_seconds > limit and beats.next not in beats.ends([beats.next]):
@@ -448,6 +448,10 @@ def _in_words(phase: Phase, step: int, doing: str = "") -> str:
 
 def _alive(process: psutil.Process | None) -> bool:
     return process is not None and _status(process) not in (None, psutil.STATUS_ZOMBIE)
+
+
+def _goes_on(process: psutil.Process | None) -> bool:
+    return process is not None and _status(process) not in (None, psutil.STATUS_ZOMBIE, psutil.STATUS_STOPPED)
 
 
 def _status(process: psutil.Process) -> str | None:

@@ -171,15 +171,18 @@ def test_signs_of_life_are_not_waited_for_where_that_is_asked_for(words, tmp_pat
 
 
 @pytest.mark.exhaustive
-def test_a_stopped_rank_is_named_without_a_deadline(words, tmp_path):
-    """Nor does a collective that waits for it end the run."""
-    command = words("watch.silent_seconds=5", "watch.step_seconds=100")
-    codes, output, seconds, run_dir = run_until_found(command, 2, tmp_path / "log", Fault("stopped", 1, 6))
-    assert codes == [HUNG, -9], output
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_rank_is_named_without_a_deadline(rank, words, tmp_path):
+    """Nor does a collective that waits for it end the run. Rank 0 takes the store with it, through which ranks hear."""
+    command = words("watch.silent_seconds=5", "watch.step_seconds=100", "checkpoint.save_every=0")
+    codes, output, seconds, run_dir = run_until_found(command, 2, tmp_path / "log", Fault("stopped", rank, 6))
+    assert codes == [-9 if each == rank else HUNG for each in range(2)], output
     assert seconds < 30, output
     event = hung_event(run_dir)
-    assert event["ranks"] == [1]
-    assert event["reason"].startswith("rank 1 has given no sign of life for ")
+    assert event["ranks"] == [rank]
+    silent = ["the store of the process group, in rank 0 or its launcher, has not answered for ",
+              "rank 1 has given no sign of life for "]  # fmt: skip
+    assert event["reason"].startswith(silent[rank])
 
 
 @pytest.mark.parametrize(
