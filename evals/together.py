@@ -21,6 +21,7 @@ from megagpt.train.beats import Member
 from megagpt.train.command import Launch
 from megagpt.train.shared import read_share, shared_mesh
 from megagpt.train.start import COLLECTIVE_TIMEOUT, process_store
+from megagpt.train.stop import look_at_deepspeed
 from megagpt.train.watch import Watch, collective_timeout
 
 _SECONDS_TO_TELL = 1.0
@@ -40,14 +41,17 @@ def run_together(request: EvalRequest, launch: Launch, layout: Layout, console: 
     """Evaluate in this process's place. The results are the same on all; the main one has written them.
 
     Whatever ends one process ends all of them: the watch of training (`watch.eval_seconds` from one exchange of
-    answers to the next) writes its stacks and its history to the run's evals/.
+    answers to the next) writes its stacks and its history to the run's evals/. They end with `deepspeed` too; what
+    was answered by then is on disk.
 
     Raises:
         MegaGPTError: as `run_evals`, on every process.
     """
     checkpoint = open_checkpoint(request.checkpoint)
     settings = checkpoint.config.watch
-    with Watch(settings, checkpoint.run_dir / "evals", launch.rank) as watch:
+    with Watch(
+        settings, checkpoint.run_dir / "evals", launch.rank, launcher_gone=look_at_deepspeed(), saves=False
+    ) as watch:
         timeout = collective_timeout(settings, COLLECTIVE_TIMEOUT)
         mesh = shared_mesh(checkpoint, launch, **asdict(layout), timeout=timeout)
         watch.join(process_store(), mesh.gather(Member.of_this_process(mesh.rank)))

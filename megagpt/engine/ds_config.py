@@ -76,7 +76,7 @@ def ds_config(config: TrainingRun, plan: BatchPlan) -> dict[str, Any]:
         # where the group holds parts of the sequence; and recomputation is the reentrant one.
         settings["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False}
     if config.parallel.offload_optimizer != "none":
-        settings["zero_force_ds_cpu_optimizer"] = False  # torch's fused AdamW: see megagpt/engine/engine.py
+        settings["zero_force_ds_cpu_optimizer"] = False  # torch's fused AdamW: see megagpt/engine/adamw.py
     for key in config.parallel.extra:
         if key not in EXTRA_KEYS:
             nearest = difflib.get_close_matches(key, EXTRA_KEYS, n=1)

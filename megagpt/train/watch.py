@@ -98,7 +98,8 @@ class Watch:
         run_dir: stacks and events go here.
         rank: this process's.
         end: how the process is ended.
-        launcher_gone: asked during the start, when there is nothing to save: the process ends where it is true.
+        launcher_gone: asked while there is nothing to save, as during the start; the process ends where it is true.
+        saves: a main thread past the start sees by itself that its launcher has gone, and saves first.
     """
 
     def __init__(
@@ -108,9 +109,11 @@ class Watch:
         rank: int,
         end: Callable[[int], object] = os._exit,
         launcher_gone: Callable[[], bool] = lambda: False,
+        *,
+        saves: bool = True,
     ) -> None:
         self._settings, self._run_dir, self._rank, self._end = settings, run_dir, rank, end
-        self._launcher_gone = launcher_gone
+        self._launcher_gone, self._saves = launcher_gone, saves
         self._now: tuple[Phase, int, str, float] = ("startup", 0, "", time.monotonic())
         self._marks = 0
         self._writer: _Writer | None = None
@@ -207,8 +210,10 @@ class Watch:
 
     def _watch(self) -> None:
         while not self._closed.wait(_LOOK_SECONDS):
-            if self._now[0] == "startup" and self._launcher_gone():
-                sys.stderr.write(f"rank {self._rank}: {LAUNCHER_GONE} during the start; nothing was to be saved\n")
+            phase, step, _, _ = self._now
+            if (phase == "startup" or not self._saves) and self._launcher_gone():
+                when = _in_words(phase, step)
+                sys.stderr.write(f"rank {self._rank}: {LAUNCHER_GONE} during {when}; nothing was to be saved\n")
                 self._kill_stopped([process for _, process in self._neighbours])
                 self._end(STOPPED)
             reason = self._overdue() or self._writer_overdue() or self._trouble()

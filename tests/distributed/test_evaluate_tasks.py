@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 from rich.console import Console
 
@@ -23,6 +24,20 @@ from tests.tiny import run_words
 
 ROOT = Path(__file__).resolve().parents[2]
 QUIET = Console(quiet=True)
+DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
+NEVER_ANSWERS = """
+import os, runpy, sys, time
+from pathlib import Path
+sys.path.insert(0, os.getcwd())
+from evals.forwards import PlanRunner
+
+def wait(*_):
+    (Path(__file__).parent / f"asked {os.environ['RANK']}").touch()
+    time.sleep(1000)
+
+PlanRunner._collect = wait
+runpy.run_path("launch/evaluate.py", run_name="__main__")
+"""
 QUESTIONS_FIRST = ("megagpt_smoke", "megagpt_smoke_generate", "heldout")
 """The order for faults, which are in questions; the scores are those of any order."""
 
@@ -212,7 +227,7 @@ def test_a_checkpoint_of_zero_3_is_evaluated_at_any_layout(tmp_path, tokens, tok
 @pytest.mark.exhaustive
 def test_the_launcher_runs_it(run_dirs, expected, tmp_path, tokenizer):  # noqa: F811
     run_dir = save_run(tmp_path / "run", tokenizer)
-    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "launch/evaluate.py"]
+    command = [DEEPSPEED, "--num_accelerators", "2", "launch/evaluate.py"]
     words = ["--checkpoint", str(run_dir), "--tasks", "megagpt_smoke", "--limit", "18", "--batch-size", "4"]
     done = subprocess.run(
         [*command, *words, "--pipeline", "2"],
@@ -227,3 +242,40 @@ def test_the_launcher_runs_it(run_dirs, expected, tmp_path, tokenizer):  # noqa:
     assert done.stdout.count("megagpt_smoke: acc") == 1  # one process speaks
     content = json.loads((run_dir / "evals" / "step_00000010" / "megagpt_smoke.json").read_text())
     assert content["metrics"] == expected["gpt2"][0]["megagpt_smoke"]
+
+
+@pytest.mark.exhaustive
+def test_its_processes_end_with_the_launcher(tmp_path, tokenizer):  # noqa: F811
+    """A scheduler kills `deepspeed` alone; they would go on for hours, on cards that it has given to others."""
+    run_dir = save_run(tmp_path / "run", tokenizer)
+    script = tmp_path / "evaluate.py"
+    script.write_text(NEVER_ANSWERS)
+    command = [DEEPSPEED, "--num_accelerators", "2", str(script), "--checkpoint", str(run_dir)]
+    with (tmp_path / "log").open("wb") as log:
+        deepspeed = subprocess.Popen(
+            [*command, "--tasks", "megagpt_smoke"],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        until = time.monotonic() + 120
+        while not all((tmp_path / f"asked {rank}").exists() for rank in (0, 1)):
+            assert time.monotonic() < until, (tmp_path / "log").read_text()
+            assert deepspeed.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+    finally:
+        deepspeed.kill()
+        deepspeed.wait()
+        gone, left = psutil.wait_procs(processes_of(script), timeout=15)
+        for process in left:
+            process.kill()
+    assert (len(gone), left) == (3, []), (tmp_path / "log").read_text()  # launch.py and two ranks
+    assert "the launcher had ended during eval at step 0; nothing was to be saved" in (tmp_path / "log").read_text()
+
+
+def processes_of(script):
+    found = psutil.process_iter(["cmdline"])
+    return [process for process in found if str(script) in (process.info["cmdline"] or ())]

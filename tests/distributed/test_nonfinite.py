@@ -292,6 +292,27 @@ def test_a_replica_that_differs_within_a_step_is_named_before_its_update(layout,
     assert published(run_dir) == []
 
 
+TIED = {
+    "data": [],
+    "bf16": ["train.dtype=bf16"],
+    "fp16": list(FP16),
+    "offload": ["parallel.offload_optimizer=cpu"],
+    "bf16-offload": ["train.dtype=bf16", "parallel.offload_optimizer=cpu"],
+    "tensor": ["parallel.tensor=2"],
+}
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=() if name == "data" else pytest.mark.exhaustive) for name in TIED]
+)
+def test_a_tied_head_stays_what_the_embedding_is(layout, tokens, tmp_path):
+    """They lie at different places of what their stages update; the last elements are another loop's."""
+    words = ["watch.replicas_every=1", "checkpoint.save_every=0", "train.max_steps=60", *SMALL, *TIED[layout]]
+    codes, output, run_dir = run(tmp_path, tokens, [], *words, "parallel.pipeline=2", world_size=4)
+    assert codes == [0] * 4, output
+    assert rows(run_dir)[-1]["step"] == 60
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("words", [["parallel.zero_stage=2"], ["train.dtype=bf16"]], ids=["zero2", "bf16"])
 @pytest.mark.parametrize("ends", ["save_every", "last", "asked to stop"])
