@@ -137,6 +137,8 @@ def expected(hint: Any) -> str:
 def _expected_one(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, get_args(hint)))
+    if get_origin(hint) is tuple and get_origin(get_args(hint)[0]) is Literal:
+        return "list of some of " + ", ".join(map(str, get_args(get_args(hint)[0])))
     return _EXPECTED.get(hint, str(hint))
 
 
