@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megagpt.engine.engine import _adamw
+from megagpt.engine.adamw import fused_adamw
 from megagpt.model.build import build_model
 from megagpt.train.optim import parameter_groups
 from tests.tiny import run_config
@@ -39,7 +39,7 @@ def test_without_gradient_only_decayed_weights_shrink(tmp_path):
     config = run_config(tmp_path, tmp_path / "t", "optim.lr=0.5", "optim.weight_decay=0.1")
     model = build_model(config.model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = _adamw(parameter_groups(model, 0.1), config.optim)
+    optimizer = fused_adamw(parameter_groups(model, 0.1), config.optim, wherever_they_lie=True)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
