@@ -9,7 +9,7 @@ bit, whatever the row is batched with and however its tokens are split between c
   scalar arithmetic would differ.
 - Attention is PyTorch's fused kernel for CPUs: it sums over keys in blocks of `BLOCK`, from the first one on, and keys
   that a query does not see add exact zeros. The library below splits a block's sum by its length, so the last block
-  only has lengths that are split at the same places (see `CHAIN`).
+  is short enough not to be split, or whole (see `CHAIN`).
 
 That holds for one machine and one number of threads, in fp32 on a CPU; `evals` checks it before it relies on it.
 """
@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 BLOCK = 512
 """Keys that the fused kernel takes at once (`kv_split_size` of PyTorch's cpu_flash_attention)."""
 CHAIN = 192
-"""Keys that MKL sums without a break. Measured: it breaks sums of 384 or more at 192, but halves those between."""
+"""Keys that MKL sums without a break, on every processor so far. Measured: longer sums it breaks at places that depend
+on their length and on the processor (one breaks all of 384 or more at 192, another those of 512 otherwise than of 288
+to 480), so that a longer last block is filled up to a whole one."""
 KEYS = 32
 """The last block's keys are a multiple of this: whole vectors."""
 QUERIES = 128
@@ -272,7 +274,7 @@ def _rounded(n_keys: int) -> int:
     """The least number of keys, from this one on, whose last block is summed as a whole block is."""
     before = (n_keys - 1) // BLOCK * BLOCK
     last = -(-(n_keys - before) // KEYS) * KEYS
-    return before + (2 * CHAIN if CHAIN < last < 2 * CHAIN else last)
+    return before + (BLOCK if last > CHAIN else last)
 
 
 def _first_keys(stored: Tensor, n_keys: int) -> Tensor:

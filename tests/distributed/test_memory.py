@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from megagpt.bench.layouts import LAYOUTS, bench_layouts, to_json
+from megagpt.bench.processes import run_group
 from megagpt.errors import ConfigError, MegaGPTError
 from megagpt.model.memory import held_parameters
 from megagpt.parallel.memory import in_flight, memory_layout, worst_stage
@@ -61,9 +62,9 @@ def test_a_layout_that_is_not_there_is_told():
         measure("gpt2", ["zero9"])
 
 
-def test_a_process_that_fails_ends_the_bench_with_what_it_said():
-    with pytest.raises(MegaGPTError, match="exit codes"):
-        measure("gpt2", ["zero1"], *SMALL, "train.dtype=fp16")
+def test_a_process_that_fails_ends_the_bench_with_what_it_said(tmp_path):
+    with pytest.raises(MegaGPTError, match=r"(?s)exit codes \[1\] of 1 processes.*TypeError: int\(\)"):
+        run_group(int, 1, log=tmp_path / "log")  # of the rank, 0, to the base of their number, 1
 
 
 @pytest.mark.exhaustive
