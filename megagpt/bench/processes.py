@@ -22,7 +22,7 @@ _SHOWN_ON_FAILURE = 30
 
 
 def run_group(function: Callable[..., None], world_size: int, *args: Any, log: Path, seconds: float = 600.0) -> None:
-    """Call `function(rank, world_size, *args)` in `world_size` processes that find each other as under a launcher, and wait for them.
+    """Call `function(rank, world_size, *args)` in processes that find each other as under a launcher, and wait.
 
     Args:
         function: what each of them does; it and `args` are pickled.

@@ -63,7 +63,7 @@ def test_a_layout_that_is_not_there_is_told():
 
 
 def test_a_process_that_fails_ends_the_bench_with_what_it_said(tmp_path):
-    with pytest.raises(MegaGPTError, match=r"(?s)exit codes \[1\] of 1 processes.*TypeError: int\(\)"):
+    with pytest.raises(MegaGPTError, match=r"(?s)exit codes \[1\] of 1 processes.*ValueError: int\(\) base"):
         run_group(int, 1, log=tmp_path / "log")  # of the rank, 0, to the base of their number, 1
 
 
